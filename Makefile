@@ -1,0 +1,78 @@
+# llmprod: `make help` explains the targets; README.md the rest.
+
+PROFILE  ?= cpu
+NOTEBOOK ?=
+PARAMS   ?=
+SEEDS    ?= 1 2 3 4 5
+PYTHON   ?= python3
+
+# The active virtual or conda environment, else .venv here.
+ifneq ($(VIRTUAL_ENV),)
+  ENV := $(VIRTUAL_ENV)
+else ifneq ($(CONDA_PREFIX),)
+  ENV := $(CONDA_PREFIX)
+else
+  ENV := .venv
+endif
+BIN   := $(ENV)/bin
+READY := $(ENV)/.llmprod-ready
+LLMPROD = $(BIN)/python -m llmprod
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test run smoke verify report bench reference lab lint pin sync clean
+
+help:  ## explain the targets
+	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"1 2 3\""
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv (or use the active environment) and install everything, pinned
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "llmprod needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(ENV)
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
+	$(LLMPROD) reproduce --profile $(PROFILE) --params '$(PARAMS)'
+
+test: $(READY)  ## run all tests
+	$(BIN)/python -m pytest
+
+run: $(READY)  ## run NOTEBOOK (or all) with what it needs, in PROFILE, with PARAMS
+	$(LLMPROD) run --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'
+
+smoke: $(READY)  ## run all notebooks on tiny subsets, into reports/smoke, which nbval checks
+	$(LLMPROD) run --profile smoke
+
+verify: $(READY)  ## print the verdict on what was run
+	$(LLMPROD) verify --profile $(PROFILE)
+
+report: $(READY)  ## write the report and the generated parts of the READMEs
+	$(LLMPROD) report --profile $(PROFILE)
+
+bench: $(READY)  ## time training against the plain Trainer, and print ratios
+	$(BIN)/python -m benchmarks.training
+
+reference: $(READY)  ## measure the reference anew over SEEDS; goes on where it stopped
+	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS)
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lint: $(READY)  ## check the style of code and notebooks, and mend what can be mended
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+pin: $(READY)  ## let Colab install today's commit (after a change of the module)
+	$(LLMPROD) pin
+
+sync: $(READY)  ## upload offline W&B runs
+	$(LLMPROD) sync
+
+clean:  ## delete what runs left: runs/, generated reports, caches (not .venv, not downloads)
+	rm -rf runs reports/cpu reports/gpu reports/*/work .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

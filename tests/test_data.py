@@ -1,0 +1,238 @@
+"""Labelled texts: real data, and twenty kinds of bad input, each with one clear error or a stated treatment."""
+
+import json
+import unicodedata
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprod import data
+
+ROWS = pd.DataFrame(
+    {"text": [f"text number {i} about {'money' if i % 2 else 'grain'}" for i in range(40)], "label": ["a", "b"] * 20}
+)
+
+
+def write(folder, name: str, content) -> str:
+    """Writes a file and returns its path as a user would give it."""
+    path = folder / name
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return str(path)
+
+
+# Loading
+
+
+def test_reuters_is_read_whole_with_its_published_split():
+    table = data.load("reuters-r8")
+    assert table["split"].value_counts().to_dict() == {"train": 5485, "test": 2189}
+    assert table.loc[table["split"] == "test", "label"].value_counts()["earn"] == 1083
+    assert table["text"][0].startswith("champion products ch approves stock split")
+
+
+def test_banking_and_phrasebank_from_a_mirror(monkeypatch, tmp_path):
+    """The readers of both, on files of their form (the real ones need the mirror or the network)."""
+    from llmprod import artifacts
+
+    (tmp_path / "train.csv").write_bytes(b'text,category\r\n"I lost my card, help",lost_card\r\nWhat is my PIN?,pin\r\n')
+    (tmp_path / "test.csv").write_bytes(b"text,category\r\nWhere is my card,lost_card\r\n")
+    line = "Net sales of the Pöyry group rose, info@example.com said .@positive\nProfit fell .@negative\n"
+    (tmp_path / "Sentences_50Agree.txt").write_bytes(line.encode("latin-1"))
+    monkeypatch.setattr(artifacts, "fetch", lambda name: tmp_path)
+    banking = data.load("banking77")
+    assert banking["label"].tolist() == ["lost_card", "pin", "lost_card"]
+    assert banking["text"][0] == "I lost my card, help"
+    phrases = data.load("financial-phrasebank")
+    assert phrases["label"].tolist() == ["positive", "negative"]
+    assert phrases["text"][0] == "Net sales of the Pöyry group rose, info@example.com said ."
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_your_own_file(tmp_path, ending):
+    path = tmp_path / f"mine.{ending}"
+    mine = ROWS.rename(columns={"text": "body", "label": "topic"}).replace({"a": "NA"})  # a label that looks like "missing"
+    writers = {
+        "csv": lambda: mine.to_csv(path, index=False),
+        "tsv": lambda: mine.to_csv(path, index=False, sep="\t"),
+        "jsonl": lambda: mine.to_json(path, orient="records", lines=True),
+        "parquet": lambda: mine.to_parquet(path),
+    }
+    writers[ending]()
+    table = data.load(str(path), "body", "topic")
+    assert table["text"].tolist() == ROWS["text"].tolist()
+    assert set(table["label"]) == {"NA", "b"} and set(table["split"]) == {"train"}
+
+
+def test_split_files_of_their_own(tmp_path):
+    for name in ("train", "validation", "test"):
+        ROWS.to_csv(tmp_path / f"{name}.csv", index=False)
+    files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("validation", "test")}
+    table = data.load(str(tmp_path / "train.csv"), **files)
+    assert table["split"].value_counts().to_dict() == {"train": 40, "validation": 40, "test": 40}
+
+
+def test_saved_datasets_folder_keeps_label_names(tmp_path):
+    part = Dataset.from_pandas(ROWS).class_encode_column("label")
+    DatasetDict(train=part, test=part.select(range(4))).save_to_disk(tmp_path / "saved")
+    table = data.load(str(tmp_path / "saved"))
+    assert table["split"].value_counts().to_dict() == {"train": 40, "test": 4}
+    assert set(table["label"]) == {"a", "b"}
+
+
+# Bad input: (what a user does, the files, the arguments, what the one error must say)
+
+BAD = {
+    "missing file": ({}, {"dataset": "{}/nowhere.csv"}, "neither a file or folder nor a known artifact"),
+    "missing test file": ({"d.csv": "text,label\nx,y\n"}, {"test_file": "{}/t.csv"}, "t.csv: there is no such file"),
+    "unknown ending": ({"d.xlsx": "x"}, {"dataset": "{}/d.xlsx"}, "files of the kind '.xlsx' can't be read"),
+    "empty file": ({"d.csv": ""}, {}, "d.csv: the file is empty"),
+    "wrong text column": ({"d.csv": "body,label\nx,y\n"}, {}, "no column 'text'; it has body, label. Set text_column"),
+    "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "no column 'label'.*Set label_column"),
+    "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "no column 'id'.*Set id_column"),
+    "broken encoding": ({"d.csv": b"text,label\ncaf\xe9,y\n"}, {}, "d.csv: byte .* is not utf-8.*encoding='latin-1'"),
+    "unknown encoding": ({"d.csv": "text,label\nx,y\n"}, {"encoding": "klingon"}, "d.csv: can't be read as csv.*klingon"),
+    "ragged CSV": ({"d.csv": "text,label\nx,y\na,b,c,d\n"}, {}, "d.csv: can't be read as csv"),
+    "unclosed quote": ({"d.csv": 'text,label\n"x,y\n'}, {}, "d.csv: can't be read as csv"),
+    "broken JSON line": ({"d.jsonl": '{"text": "x"\n'}, {"dataset": "{}/d.jsonl"}, "d.jsonl: can't be read as jsonl"),
+    "truncated Parquet": ({"d.parquet": b"PAR1 cut"}, {"dataset": "{}/d.parquet"}, "d.parquet: can't be read as parquet"),
+    "folder that datasets did not save": ({"x/y.txt": "z"}, {"dataset": "{}/x"}, "is not a folder that datasets"),
+    "duplicate ids": ({"d.csv": "id,text,label\n7,x,y\n7,z,y\n"}, {"id_column": "id"}, "id column 'id' occur more than once .7"),
+    "model as data": ({}, {"dataset": "minilm"}, "'minilm' is not a table of labelled texts"),
+    "only empty texts": ({"d.csv": "text,label\n ,y\n  ,z\n"}, {}, "None of the 2 rows has both a text and a label"),
+    "one class only": ({"d.csv": "text,label\nx,y\nz,y\n"}, {}, "at least two classes and has 1 .'y'"),
+    "labels in test that training lacks": (
+        {"d.csv": "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(40)), "t.csv": "text,label\nx,zebra\n"},
+        {"test_file": "{}/t.csv"},
+        "test split has labels that training lacks: zebra",
+    ),
+    "too few rows to stratify": ({"d.csv": "text,label\nw,a\nx,a\ny,b\nz,b\n"}, {}, "needs at least one row of each"),
+    "header without rows": ({"d.csv": "text,label\n"}, {}, "None of the 0 rows has both"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_gets_one_clear_error(tmp_path, kind):
+    files, arguments, message = BAD[kind]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, content)
+    arguments = {k: v.format(tmp_path) for k, v in ({"dataset": "{}/d.csv"} | arguments).items()}
+    with pytest.raises(data.DataError, match=message) as error:
+        data.split(data.drop_duplicates(data.clean(data.load(**arguments))[0])[0])
+    assert "Traceback" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_twenty_kinds_of_bad_input_are_listed():
+    assert len(BAD) >= 20
+
+
+# Stated, recorded treatment
+
+
+def test_rows_without_text_or_label_are_dropped_and_counted(tmp_path):
+    rows = [{"text": "fine", "label": "a"}, {"text": " \t", "label": "a"}, {"text": None, "label": "b"}, {"text": "x", "label": None}]
+    path = write(tmp_path, "d.jsonl", "\n".join(json.dumps(row) for row in rows))
+    table, record = data.clean(data.load(path))
+    assert table["text"].tolist() == ["fine"]
+    assert dict(zip(record["reason"], record["rows removed"], strict=True)) == {"no text": 2, "no label": 1}
+
+
+def test_duplicates_leave_training_only():
+    rows = [
+        ("same story", "a", "train"),
+        ("Same story", "a", "train"),  # an exact repeat but for case
+        ("leaked", "a", "train"),
+        ("leaked", "a", "test"),
+        ("two minds", "a", "train"),
+        ("two minds", "b", "train"),
+        ("twice in test", "b", "test"),
+        ("twice in test", "b", "test"),
+    ]
+    table, record = data.drop_duplicates(pd.DataFrame(rows, columns=["text", "label", "split"]))
+    assert table["text"].tolist() == ["same story", "leaked", "twice in test", "twice in test"]
+    assert record["rows removed"].tolist() == [1, 2, 1]
+
+
+def test_class_with_one_example_stays_in_training():
+    table = pd.concat([ROWS, pd.DataFrame({"text": ["alone"], "label": ["rare"]})]).assign(split="train")
+    for seed in range(5):
+        cut = data.split(table, seed=seed)
+        assert cut.loc[cut["label"] == "rare", "split"].tolist() == ["train"]
+
+
+@given(seed=st.integers(0, 1000), validation=st.floats(0.1, 0.4), test=st.floats(0.1, 0.4))
+def test_split_loses_nothing_and_is_stratified(seed, validation, test):
+    table = ROWS.assign(split="train")
+    cut = data.split(table, validation, test, seed=seed)
+    assert sorted(cut["text"]) == sorted(table["text"])
+    counts = pd.crosstab(cut["split"], cut["label"])
+    assert set(counts.index) == {"train", "validation", "test"}
+    assert (counts["a"] - counts["b"]).abs().max() <= 1
+    pd.testing.assert_frame_equal(cut, data.split(table, validation, test, seed=seed))
+
+
+def test_published_test_split_is_never_cut_again():
+    table = data.load("reuters-r8")
+    cut = data.split(table, seed=3)
+    assert (cut["split"] == "test").sum() == 2189
+    assert cut.loc[cut["split"] == "test", "text"].tolist() == table.loc[table["split"] == "test", "text"].tolist()
+
+
+@given(st.text())
+def test_normalise_is_idempotent_and_leaves_no_control_character(text):
+    once = data.normalise(text)
+    assert data.normalise(once) == once
+    assert not [c for c in once if unicodedata.category(c) == "Cc"]
+    assert "  " not in once and once == once.strip()
+
+
+# Audit
+
+
+def test_near_duplicates_finds_planted_ones_and_no_false_one():
+    table = data.load("reuters-r8")
+    texts = [t for t in table["text"] if 60 < len(t.split()) < 120][:150]
+    edited = " ".join([*texts[10].split()[:-1], "zebra"])  # one word of some ninety changed: J is about 0.98
+    halved = " ".join(texts[20].split()[: len(texts[20].split()) // 2])
+    pairs = data.near_duplicates([*texts, edited, halved], threshold=0.8)
+    found = {(a, b) for a, b in zip(pairs["a"], pairs["b"], strict=True)}
+    assert (10, 150) in found and (20, 151) not in found
+    for a, b, similarity in pairs.itertuples(index=False):
+        one, two = (data.word_shingles([*texts, edited, halved][int(i)]) for i in (a, b))
+        assert similarity == len(one & two) / len(one | two) >= 0.8
+
+
+def test_likely_label_errors_ranks_injected_errors_first():
+    """A tenth of real labels is changed; confident learning must put most of them on top."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    table = data.load("reuters-r8").query("split == 'train' and label in ['earn', 'acq', 'crude']").head(900)
+    _, labels = np.unique(table["label"], return_inverse=True)
+    random = np.random.default_rng(0)
+    changed = random.choice(len(labels), 90, replace=False)
+    noisy = labels.copy()
+    noisy[changed] = (labels[changed] + random.integers(1, 3, 90)) % 3
+    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
+    found = data.likely_label_errors(noisy, cross_val_predict(model, table["text"], noisy, cv=5, method="predict_proba"))
+    top = set(found["row"].head(90))
+    assert len(top & set(changed)) / 90 > 0.7  # by chance: 0.1
+    assert found["margin"].is_monotonic_decreasing
+
+
+def test_prepared_data_comes_back_as_saved(tmp_path):
+    cut = data.split(ROWS.assign(split="train"))
+    data.save(cut, tmp_path / "splits", {"dataset": "mine"})
+    splits, labels, protocol = data.prepared(tmp_path / "splits")
+    assert labels == ["a", "b"] and protocol == {"dataset": "mine"}
+    for name in data.SPLITS:
+        part = cut[cut["split"] == name]
+        assert list(splits[name]["text"]) == part["text"].tolist()
+        assert [labels[k] for k in splits[name]["label"]] == part["label"].tolist()
+    assert [p.name for p in tmp_path.iterdir()] == ["splits"], "temporary folders were left"
