@@ -238,32 +238,6 @@ def word_shingles(text: str, length: int = 5) -> set[str]:
     return {" ".join(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
 
 
-# Label errors
-
-
-def likely_label_errors(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Rows whose given label a cross-validated model disbelieves (confident learning, Northcutt et al. 2021).
-
-    A row counts as class k when its probability of k reaches the mean probability of k among the rows labelled k.
-    It is suspicious when the most probable of those classes is not the given one.
-
-    Args:
-        labels: class numbers, shape (n,)
-        probabilities: out-of-sample class probabilities, shape (n, classes)
-
-    Returns the suspicious rows, worst first: `row`, `given`, `suggested` and `margin` (how much more probable
-    the suggested class is).
-    """
-    classes = np.arange(probabilities.shape[1])
-    thresholds = np.array([probabilities[labels == k, k].mean() if (labels == k).any() else 1.0 for k in classes])
-    confident = np.where(probabilities >= thresholds, probabilities, -1.0)
-    suggested = confident.argmax(axis=1)
-    rows = np.flatnonzero((confident.max(axis=1) >= 0) & (suggested != labels))
-    margin = probabilities[rows, suggested[rows]] - probabilities[rows, labels[rows]]
-    found = pd.DataFrame({"row": rows, "given": labels[rows], "suggested": suggested[rows], "margin": margin})
-    return found.sort_values("margin", ascending=False, ignore_index=True)
-
-
 # Splitting
 
 

@@ -11,13 +11,15 @@ import torch
 from datasets import DatasetDict
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmprod import LLMProdError, artifacts
 
@@ -49,22 +51,59 @@ def models() -> list[str]:
     return [name for name, item in artifacts.registry().items() if item["kind"] == "model"]
 
 
-def load_classifier(model: str, labels: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+class MeanPoolClassifier(PreTrainedModel):
+    """A pretrained encoder, the mean over its token vectors, dropout, and one linear layer to the classes.
+
+    Mean pooling is what sentence encoders were trained with (Reimers & Gurevych 2019); the usual classification
+    model of the library reads the first token through a layer that they never used, and learns slower.
+    """
+
+    base_model_prefix = "encoder"
+    _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config)
+        self.encoder.pooler = None
+        self.dropout = torch.nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Logits of shape (texts, classes) and, where there are labels, the mean cross-entropy loss."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        logits = self.classifier(self.dropout(mean_over_tokens(hidden, attention_mask)))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mean of token vectors (texts, tokens, dimensions) over the tokens that are no padding, in float32."""
+    mask = attention_mask.unsqueeze(-1)
+    return (hidden.float() * mask).sum(1) / mask.sum(1)
+
+
+def load_classifier(model: str, labels: Sequence[str]) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
     """The pretrained encoder with a new classification head of one output a label, and its tokenizer."""
     folder = model_folder(model)
-    classifier = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        use_safetensors=True,
-        dtype=torch.float32,
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-    )
-    return classifier, AutoTokenizer.from_pretrained(folder)
+    names = dict(enumerate(labels))
+    config = AutoConfig.from_pretrained(folder, id2label=names, label2id={label: k for k, label in names.items()})
+    return load_checkpoint(folder, config)
 
 
-def load_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fine-tuned classifier and its tokenizer, as `save_checkpoint` wrote them."""
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+def load_checkpoint(
+    folder: Path, config: PreTrainedConfig | None = None
+) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+    """A classifier and its tokenizer, as `save_checkpoint` wrote them."""
+    config = config or AutoConfig.from_pretrained(folder)
+    classifier = MeanPoolClassifier.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
     return classifier, AutoTokenizer.from_pretrained(folder)
 
 
@@ -192,8 +231,7 @@ def embed(
     for rows, batch in in_length_order(texts, tokenizer, max_length, batch_size, "embedding"):
         batch = batch.to(device)
         with autocast(device, precision):
-            hidden = encoder(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        mean = (hidden * mask).sum(1) / mask.sum(1)
+            hidden = encoder(**batch).last_hidden_state
+        mean = mean_over_tokens(hidden, batch["attention_mask"])
         vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
     return vectors

@@ -13,8 +13,8 @@ PROFILES = NOTEBOOKS / "profiles"
 REFERENCE = ROOT / "reports" / "reference"
 PUBLISHED = ROOT / "reports" / "published.yaml"
 
-# what is written: in the checkout, else in the folder where the user is
-HOME = ROOT if IN_CHECKOUT else Path.cwd()
+# what is written: where $LLMPROD_HOME says, else in the checkout, else in the folder where the user is
+HOME = Path(os.environ.get("LLMPROD_HOME") or (ROOT if IN_CHECKOUT else Path.cwd())).resolve()
 REPORTS = HOME / "reports"
 RUNS = HOME / "runs"
 

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 
 from llmprod import LLMProdError, finetune, paths
 
@@ -114,12 +115,19 @@ def start(notebook: str, cell: Mapping[str, object]) -> Run:
     """
     parameters = {k: v for k, v in cell.items() if not k.startswith("_") and isinstance(v, KINDS)}
     seed_everything(parameters["seed"])
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    set_threads()
     style()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading weights, which takes no time; training keeps its own
     device, precision, reason = finetune.device_and_precision(parameters.get("precision", "auto"))
     print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions(SHOWN).items()))
     print(f"device {device.type}, precision {precision}: {reason}")
     return Run(notebook, parameters)
+
+
+def set_threads() -> None:
+    """Lets PyTorch use every processor that this process may use."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def seed_everything(seed: int) -> None:

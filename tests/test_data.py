@@ -3,7 +3,6 @@
 import json
 import unicodedata
 
-import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
@@ -204,26 +203,6 @@ def test_near_duplicates_finds_planted_ones_and_no_false_one():
     for a, b, similarity in pairs.itertuples(index=False):
         one, two = (data.word_shingles([*texts, edited, halved][int(i)]) for i in (a, b))
         assert similarity == len(one & two) / len(one | two) >= 0.8
-
-
-def test_likely_label_errors_ranks_injected_errors_first():
-    """A tenth of real labels is changed; confident learning must put most of them on top."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import make_pipeline
-
-    table = data.load("reuters-r8").query("split == 'train' and label in ['earn', 'acq', 'crude']").head(900)
-    _, labels = np.unique(table["label"], return_inverse=True)
-    random = np.random.default_rng(0)
-    changed = random.choice(len(labels), 90, replace=False)
-    noisy = labels.copy()
-    noisy[changed] = (labels[changed] + random.integers(1, 3, 90)) % 3
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000))
-    found = data.likely_label_errors(noisy, cross_val_predict(model, table["text"], noisy, cv=5, method="predict_proba"))
-    top = set(found["row"].head(90))
-    assert len(top & set(changed)) / 90 > 0.7  # by chance: 0.1
-    assert found["margin"].is_monotonic_decreasing
 
 
 def test_prepared_data_comes_back_as_saved(tmp_path):

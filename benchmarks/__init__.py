@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench`. Apart from the tests, which never depend on time."""

@@ -1,0 +1,164 @@
+"""The notebooks: clean when committed, running from anywhere, and their executed smoke copies true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from llmprod import notebooks, paths, report, runner
+
+NAMES = list(report.pipeline())
+SMOKE = paths.ROOT / "reports" / "smoke"
+PRIVATE = re.compile(r"/home/\w|/root/|/Users/\w|/tmp/\w|[A-Z]:\\\\|hf_[A-Za-z0-9]{20}|\b[0-9a-f]{40}\b(?!\")")
+
+
+def committed(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def tagged(notebook: nbformat.NotebookNode, tag: str) -> list:
+    return [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
+
+
+def test_every_notebook_is_in_the_pipeline():
+    assert sorted(p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hygiene(name):
+    notebook = committed(name)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert not [c for c in code if c.outputs or c.execution_count], "outputs"
+    assert len(tagged(notebook, "parameters")) == 1 and len(tagged(notebook, "setup")) == 1
+    assert code[0] == tagged(notebook, "setup")[0] and code[1] == tagged(notebook, "parameters")[0]
+    assert report.colab(name) in notebook.cells[0].source
+    assert not PRIVATE.search(re.sub(r"@[0-9a-f]{40}", "", json.dumps(notebook))), "a path of someone's machine, or a key"
+    source = "\n".join(c.source for c in code)
+    assert f'track.start("{name}", globals())' in source and "report.record(" in code[-1].source
+    assert "# NBVAL_CHECK_OUTPUT" in source
+    assert not re.search(r"\bif .*(smoke|profile)", source), "a notebook must not know its profile"
+    prose = [c for c in notebook.cells if c.cell_type == "markdown"]
+    assert len(prose) >= len(code) / 2 and notebook.cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_plain_and_used(name):
+    parameters = runner.declared(name)
+    assert "seed" in parameters
+    rest = "\n".join(runner.code_of(committed(name))[1:])
+    assert not [p for p in parameters if not re.search(rf"\b{p}\b", rest)], "declared and never used"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_cell_is_generated_and_its_commit_holds_this_module(name):
+    """Colab installs the pinned commit: it must be in the history, with today's committed module."""
+    (cell,) = tagged(committed(name), "setup")
+    commit = re.search(r"@([0-9a-f]{40})", cell.source)[1]
+    assert cell.source == notebooks.setup_cell(commit)
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("no history here to look the commit up in")
+    assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, "unknown commit; run make pin"
+    changed = git("diff", "--name-only", commit, "HEAD", "--", "llmprod").stdout.split()
+    assert not changed, f"the module has changed since ({', '.join(changed)}); run make pin and commit"
+
+
+# The executed smoke copies
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_copy_is_of_today(name):
+    executed = nbformat.read(SMOKE / f"{name}.ipynb", as_version=4)
+    assert runner.code_of(executed) == runner.code_of(committed(name)), "stale; run make smoke and commit"
+    injected = tagged(executed, "injected-parameters")
+    overrides = runner.profile("smoke").get(name, {})
+    assert len(injected) == bool(overrides)
+    for parameter, value in overrides.items():
+        assert f"{parameter} = {value!r}" in injected[0].source
+    assert executed.metadata["llmprod"]["source"] == runner.source_hash(name)
+    assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
+    errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert not errors
+
+
+@pytest.mark.parametrize("folder", [SMOKE, paths.REFERENCE / "cpu"], ids=["smoke", "reference"])
+def test_committed_copies_tell_nothing_of_their_machine(folder):
+    copies = sorted(folder.glob("*.ipynb"))
+    assert len(copies) == len(NAMES)
+    for path in copies:
+        text = re.sub(r'"image/png": "[^"]*"|@[0-9a-f]{40}', "", path.read_text())
+        found = PRIVATE.search(text)
+        assert not found, f"{path.name}: {text[max(0, found.start() - 60) : found.end() + 60]}"
+
+
+def test_nbval_reproduces_the_checked_cells(tmp_path):
+    """nbval runs the smoke copies again, in order, and compares the cells that are marked to be checked."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=600", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        + ["-o", "addopts=", "-q", "--rootdir", str(SMOKE), *(str(SMOKE / f"{name}.ipynb") for name in NAMES)],
+        env=os.environ | {"LLMPROD_RUN": str(tmp_path / "smoke")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and sorted(p.stem for p in (tmp_path / "smoke/results").glob("*.json")) == NAMES
+
+
+def test_smoke_run_gives_the_numbers_of_the_committed_copies(smoke_run):
+    """Run by papermill, from another folder: the checked cells print what the committed copies show."""
+    for name in NAMES:
+        pairs = zip(
+            *(
+                [c for c in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells if "# NBVAL_CHECK" in c.source]
+                for folder in (smoke_run, SMOKE)
+            ),
+            strict=True,
+        )
+        for mine, theirs in pairs:
+            texts = [[o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"] for cell in (mine, theirs)]
+            assert texts[0] == texts[1] and texts[0], name
+
+
+# Colab
+
+
+def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
+    """A fresh environment without llmprod, an empty folder, one notebook alone, and its installation from a path.
+
+    The environment sees this one's other packages, so that only llmprod itself is installed.
+    """
+    site = Path(nbformat.__file__).parent.parent
+    fresh = tmp_path / "venv"
+    venv.create(fresh, with_pip=True, symlinks=True)
+    python = fresh / "bin/python"
+    (own,) = (fresh / "lib").glob("python*/site-packages")
+    (own / "shared.pth").write_text(f"{site}\n")  # its .pth files are not read, so the editable llmprod is not seen
+    missing = subprocess.run([python, "-c", "import llmprod"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in missing.stderr
+
+    kernel = fresh / "share/jupyter/kernels/python3"
+    kernel.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "02_finetune.ipynb").write_bytes((paths.NOTEBOOKS / "02_finetune.ipynb").read_bytes())
+    command = [python, "-m", "papermill", "02_finetune.ipynb", "out.ipynb", "--execution-timeout", "600"]
+    for name, value in {"epochs": 1, "max_length": 8}.items():
+        command += ["-p", name, str(value)]
+    environment = os.environ | {"LLMPROD_INSTALL": str(paths.ROOT), "JUPYTER_PATH": str(fresh / "share/jupyter")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (own / "llmprod/repository/notebooks/01_data.ipynb").exists(), "it was installed, with its notebooks"
+    assert (folder / "runs/lab/results/02_finetune.json").exists() and (folder / "runs/lab/results/01_data.json").exists()

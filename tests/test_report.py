@@ -1,0 +1,218 @@
+"""Results, tolerance and verdict; and that the verdict notices what is broken."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from llmprod import data, evaluate, paths, report
+
+PROTOCOL = {"dataset": "d", "epochs": 2, "01_data": {"rows": 10}}
+
+
+def result(value: float, n: int | None = 1000, seed: int = 0, **protocol) -> dict:
+    """A results file with one metric."""
+    metric = {"value": value, **({"n": n} if n else {})}
+    provenance = {"minutes": 1.0, "machine": "m"}
+    return {
+        "notebook": "03_evaluate",
+        "seed": seed,
+        "metrics": {"accuracy": metric},
+        "speeds": {},
+        "protocol": PROTOCOL | protocol,
+        "provenance": provenance,
+    }
+
+
+def expected(*values: float, n: int | None = 1000) -> dict:
+    """A reference over seeds with one metric."""
+    return {"03_evaluate": report.summarise([result(v, n, seed) for seed, v in enumerate(values)])}
+
+
+def verdict(mine: dict | None, reference: dict) -> tuple[str, str]:
+    table = report.verdict({"03_evaluate": mine} if mine else {}, reference, ["03_evaluate"])
+    return table["verdict"][0], table["reason"][0]
+
+
+def test_tolerance_by_hand():
+    metric = report.summarise([result(v) for v in (0.96, 0.97, 0.98)])["metrics"]["accuracy"]
+    assert metric["mean"] == pytest.approx(0.97) and metric["sd"] == pytest.approx(0.01) and metric["runs"] == 3
+    assert report.tolerance(metric) == pytest.approx(3 * 0.01 * math.sqrt(4 / 3))
+    assert report.tolerance({"sd": 0.0, "runs": 5, "n": 2189}) == pytest.approx(1 / 2189)
+    assert report.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(0.97, "REPRODUCED"), (1.0, "REPRODUCED"), (1.01, "DRIFTED"), (0.9, "DRIFTED"), (math.nan, "DRIFTED")]
+)
+def test_verdict_by_distance(value, name):
+    assert verdict(result(value), expected(0.96, 0.97, 0.98))[0] == name
+
+
+def test_one_test_example_may_differ_where_seeds_do_not():
+    reference = expected(0.5, 0.5, 0.5, n=100)
+    assert verdict(result(0.51, 100), reference)[0] == "REPRODUCED"
+    assert verdict(result(0.52, 100), reference)[0] == "DRIFTED"
+    assert verdict(result(11, None), expected(10, 10, n=None))[0] == "DRIFTED"
+
+
+def test_another_protocol_is_not_comparable_and_says_why():
+    name, reason = verdict(result(0.97, epochs=3), expected(0.97, 0.97))
+    assert name == "NOT COMPARABLE" and reason == "epochs: 3, reference 2"
+    name, reason = verdict(result(0.97, **{"01_data": {"rows": 11}}), expected(0.97, 0.97))
+    assert name == "NOT COMPARABLE" and "01_data.rows: 11, reference 10" in reason
+    assert verdict(result(0.97), {})[0] == "NOT COMPARABLE"
+
+
+def test_missing():
+    assert verdict(None, expected(0.9, 0.9))[0] == "MISSING"
+    lacking = result(0.9) | {"metrics": {}}
+    assert verdict(lacking, expected(0.9, 0.9))[0] == "MISSING"
+
+
+def test_reference_over_different_protocols_is_refused():
+    with pytest.raises(report.ReportError, match="epochs: 9, reference 2"):
+        report.summarise([result(0.9), result(0.9, epochs=9)])
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/03_evaluate.json").write_text('{"cut')
+    with pytest.raises(report.ReportError, match=r"03_evaluate\.json can't be read.*Delete it"):
+        report.results(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    report.write_json(tmp_path / "a.json", {"fine": 1})
+    with pytest.raises(TypeError):
+        report.write_json(tmp_path / "a.json", {"not": object()})
+    assert report.read_json(tmp_path / "a.json") == {"fine": 1}
+
+
+# The verdict notices what is broken: real texts, a real classifier, three ways to go wrong
+
+
+@pytest.fixture(scope="module")
+def texts():
+    table = data.drop_duplicates(data.clean(data.load("reuters-r8"))[0])[0]
+    return table
+
+
+def classify(table, seed: int, shuffled=False, wrong_split=False, off_by_one=False) -> dict:
+    """Accuracy and macro-F1 of TF-IDF + logistic regression on a seed's subset, in one of four ways."""
+    part = data.split(table, train_rows=700, test_rows=500, seed=seed)
+    train, test = (part[part["split"] == name] for name in ("train", "test"))
+    if wrong_split:
+        test = train
+    labels = train["label"].to_numpy()
+    if shuffled:
+        labels = np.random.default_rng(seed).permutation(labels)
+    words = TfidfVectorizer(sublinear_tf=True).fit(train["text"])
+    model = LogisticRegression(C=10, max_iter=1000).fit(words.transform(train["text"]), labels)
+    predictions, y = model.predict(words.transform(test["text"])), test["label"].to_numpy()
+    if off_by_one:
+        predictions = np.roll(predictions, 1)
+    scores = {"accuracy": evaluate.accuracy(y, predictions), "macro_f1": evaluate.macro_f1(y, predictions)}
+    made = result(0, seed=seed)
+    made["metrics"] = {name: {"value": value, "n": 500} for name, value in scores.items()}
+    return made
+
+
+def test_what_is_broken_on_purpose_drifts(texts):
+    reference = {"03_evaluate": report.summarise([classify(texts, seed) for seed in range(1, 6)])}
+
+    def verdicts(**how):
+        return set(report.verdict({"03_evaluate": classify(texts, 0, **how)}, reference, ["03_evaluate"])["verdict"])
+
+    assert verdicts() == {"REPRODUCED"}
+    assert verdicts(shuffled=True) == {"DRIFTED"}
+    assert verdicts(wrong_split=True) == {"DRIFTED"}
+    assert verdicts(off_by_one=True) == {"DRIFTED"}
+
+
+# The committed reference
+
+
+def reference_metrics():
+    reference = report.reference("cpu")
+    return [(notebook, name) for notebook, item in reference.items() for name in item["metrics"]]
+
+
+def test_reference_covers_the_pipeline_over_seeds():
+    reference = report.reference("cpu")
+    assert list(reference) == list(report.pipeline())
+    for notebook, item in reference.items():
+        assert item["machine"] and item["minutes"] > 0, notebook
+        assert all(metric["runs"] >= 3 for metric in item["metrics"].values()), notebook
+
+
+@pytest.mark.parametrize(("notebook", "name"), reference_metrics())
+def test_zero_drifts_from_every_reference(notebook, name):
+    item = report.reference("cpu")[notebook]
+    zero = {"metrics": {name: {"value": 0.0}}, "protocol": item["protocol"]}
+    assert report.judge(zero, item, item["metrics"][name], 0.0)["verdict"] == "DRIFTED"
+
+
+def test_majority_class_drifts_from_every_reference(texts):
+    """Always the largest class, scored by the metrics of 03_evaluate on the real test split."""
+    item = report.reference("cpu")["03_evaluate"]
+    test = texts[texts["split"] == "test"]
+    names, y = np.unique(test["label"], return_inverse=True)
+    largest = np.bincount(y).argmax()
+    predictions = np.full_like(y, largest)
+    certain = np.full((len(y), len(names)), 1e-9)
+    certain[:, largest] = 1
+    values = {
+        "accuracy": evaluate.accuracy(y, predictions),
+        "macro_f1": evaluate.macro_f1(y, predictions),
+        "log_loss": float(-np.log(certain[np.arange(len(y)), y]).mean()),
+        "calibration_error": evaluate.expected_calibration_error(y, certain),
+    }
+    for name, metric in item["metrics"].items():
+        value = values.get(name, values.get(name.split("_", 1)[-1]))
+        judged = report.judge({"metrics": {}, "protocol": item["protocol"]}, item, metric, value)
+        assert judged["verdict"] == "DRIFTED", name
+
+
+# Pages
+
+
+def test_report_pages_of_a_run(smoke_run):
+    report.build(smoke_run)
+    page = (smoke_run / "README.md").read_text()
+    assert "**Verdict: " in page and page.count("NOT COMPARABLE") > 5, "smoke has another protocol than the reference"
+    for notebook in report.pipeline():
+        assert f"[{notebook}]({notebook}.ipynb)" in page
+    html = (smoke_run / "index.html").read_text()
+    assert html.count("<table>") == page.count("|:--") // 1 - page.count("|:--") + html.count("<table>") > 3
+    for line in html.splitlines():
+        if 'src="' in line:
+            assert (smoke_run / line.split('src="')[1].split('"')[0]).exists()
+    assert "01_data.html" in html and (smoke_run / "01_data.html").exists()
+
+
+@pytest.mark.parametrize(("name", "language"), [("README.md", "en"), ("README.zh.md", "zh")])
+def test_generated_parts_of_the_readme_were_not_edited(name, language):
+    path = paths.ROOT / name
+    assert report.update_readme(path, language) == path.read_text(), "run make report"
+    assert {"badges", "notebooks", "results"} <= set(__import__("re").findall(r"<!-- generated: (\w+) -->", path.read_text()))
+
+
+def test_published_figures_have_source_and_protocol():
+    import yaml
+
+    for datasets in yaml.safe_load(paths.PUBLISHED.read_text()).values():
+        for items in datasets.values():
+            for item in items:
+                assert 0 < item["value"] <= 1 and item["source"] and item["protocol"] and item["method"]
+
+
+def test_results_hold_their_protocol(smoke_run):
+    found = json.loads((smoke_run / "results/03_evaluate.json").read_text())
+    assert found["protocol"]["02_finetune"]["01_data"]["sha256 of data"]
+    assert found["protocol"]["02_finetune"]["01_data"]["train_rows"] == 320
+    assert "seed" not in found["protocol"] and found["metrics"]["accuracy"]["n"] == 160
+    assert found["provenance"]["versions"]["torch"] and found["provenance"]["source"]

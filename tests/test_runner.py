@@ -1,0 +1,202 @@
+"""Profiles, parameters, what is run again and what is not, failures and kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from llmprod import artifacts, paths, report, runner
+
+from .conftest import llmprod
+
+PROFILES = sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_override_names_a_declared_parameter_of_its_type(profile):
+    for notebook, overrides in runner.profile(profile).items():
+        for name, value in overrides.items():
+            default = runner.declared(notebook)[name]
+            assert type(value) is type(default), f"{profile}: {notebook}.{name}"
+            assert value != default, f"{profile}: {notebook}.{name} overrides nothing"
+
+
+def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "smoke.yaml").write_text("02_finetune: {epoch: 1}")
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    with pytest.raises(runner.RunError, match="02_finetune has no parameter epoch"):
+        runner.profile("smoke")
+
+
+def test_unknown_profile_and_notebook_say_what_there_is():
+    with pytest.raises(runner.RunError, match="cpu, gpu, smoke"):
+        runner.profile("tpu")
+    with pytest.raises(runner.RunError, match="02_finetune"):
+        runner.read("02_fine_tune")
+
+
+def test_parameters_from_the_command_line():
+    assert runner.parse_parameters("epochs=2 seed=1") == {"epochs": 2, "seed": 1}
+    assert runner.parse_parameters("dataset='my file.csv' learning_rate=1.0e-4") == {
+        "dataset": "my file.csv",
+        "learning_rate": 1e-4,
+    }
+    with pytest.raises(runner.RunError, match="epochs"):
+        runner.parse_parameters("epoch=2")
+    with pytest.raises(runner.RunError, match="name=value"):
+        runner.parse_parameters("epochs")
+
+
+def test_a_run_with_parameters_has_a_folder_of_its_own():
+    assert runner.folder_for("cpu", {}) == paths.REPORTS / "cpu"
+    one, two = (runner.folder_for("cpu", {"dataset": f"/data/{'x' * 90}/{name}.csv"}) for name in "ab")
+    assert one != two and one.parent == paths.RUNS and len(one.name) < 90
+    assert os.sep not in runner.folder_for("cpu", {"dataset": "../../etc"}).name
+
+
+# What is fresh
+
+
+def fresh(folder) -> dict[str, bool]:
+    """Which notebooks of the smoke run would not run again."""
+    injected = runner.settings("smoke", {})
+    return {name: runner.is_fresh(name, injected, folder) for name in report.pipeline()}
+
+
+def test_nothing_changed_nothing_runs(smoke_run):
+    assert all(fresh(smoke_run).values())
+    started = time.time()
+    assert not runner.run(list(report.pipeline()), "smoke", {}, smoke_run)
+    assert time.time() - started < 10
+
+
+def test_a_changed_profile_reruns_what_depends_on_it(smoke_run, monkeypatch):
+    before = runner.profile
+    changed = {"03_evaluate": {"resamples": 50}}
+    monkeypatch.setattr(runner, "profile", lambda name: before(name) | changed)
+    assert fresh(smoke_run) == {"01_data": True, "02_finetune": True, "03_evaluate": False}
+
+
+def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, monkeypatch, tmp_path):
+    shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    path = tmp_path / "notebooks/02_finetune.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source += "\n\nMore prose."
+    nbformat.write(notebook, path)
+    assert all(fresh(smoke_run).values()), "prose is no code"
+    notebook.cells[-1].source += "\n1 + 1"
+    nbformat.write(notebook, path)
+    assert fresh(smoke_run) == {"01_data": True, "02_finetune": False, "03_evaluate": False}
+
+
+@pytest.mark.parametrize(
+    ("module", "stale"), [("evaluate", {"02_finetune", "03_evaluate"}), ("finetune", {*report.pipeline()}), ("notebooks", set())]
+)
+def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_path, module, stale):
+    shutil.copytree(paths.PACKAGE, tmp_path / "llmprod")
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
+    assert all(fresh(smoke_run).values())
+    with (tmp_path / "llmprod" / f"{module}.py").open("a") as file:
+        file.write("\nCHANGED = True\n")
+    assert {name for name, is_fresh in fresh(smoke_run).items() if not is_fresh} == stale
+
+
+def test_a_changed_artifact_reruns_what_reads_it(smoke_run, monkeypatch):
+    entry = json.loads(json.dumps(artifacts.registry()))
+    entry["reuters-r8"]["files"]["reuters-r8-test.tab"]["sha256"] = "0" * 64
+    monkeypatch.setattr(artifacts, "registry", lambda: entry)
+    assert not any(fresh(smoke_run).values())
+    monkeypatch.undo()
+    entry["reuters-r52"]["files"]["reuters-r52-test.tab"]["sha256"] = "0" * 64
+    assert all(fresh(smoke_run).values())
+
+
+def test_provenance_stamp(smoke_run):
+    for name in report.pipeline():
+        stamp = nbformat.read(smoke_run / f"{name}.ipynb", as_version=4).metadata["llmprod"]
+        assert stamp["source"] == runner.source_hash(name)
+        assert stamp["parameters"] == runner.profile("smoke").get(name, {})
+        assert stamp["versions"]["torch"] and stamp["machine"] and stamp["minutes"] > 0 and stamp["commit"]
+        assert report.results(smoke_run)[name]["speeds"]["peak memory, MB"] > 100
+
+
+# Failures
+
+
+def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
+    """One command for a file of one's own; a wrong column is one clear message, and the next run goes on."""
+    rows = [f'"{text} number {i}",{label}' for i in range(60) for text, label in (("oil price", "oil"), ("bank loan", "bank"))]
+    path = tmp_path / "mine.csv"
+    path.write_text("body,topic\n" + "\n".join(rows) + "\n")
+    home = {"LLMPROD_HOME": str(tmp_path / "home")}
+    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2"
+    wrong = llmprod("reproduce", "--profile", "smoke", "--params", f"{common} text_column=text label_column=topic", **home)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    assert "01_data stopped" in wrong.stderr and "no column 'text'; it has body, topic. Set text_column." in wrong.stderr
+    assert list((tmp_path / "home/runs").rglob("01_data.ipynb")), "the executed copy stays"
+
+    right = llmprod("reproduce", "--profile", "smoke", "--params", f"{common} text_column=body label_column=topic", **home)
+    assert right.returncode == 0, right.stderr
+    assert "NOT COMPARABLE" in right.stdout and "dataset: " in right.stdout
+    (result,) = (tmp_path / "home/runs").rglob("03_evaluate.json")
+    assert json.loads(result.read_text())["metrics"]["accuracy"]["n"] == 24
+
+
+def test_a_failed_notebook_keeps_its_traceback(tmp_path, monkeypatch):
+    shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    path = tmp_path / "notebooks/01_data.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[4].source += "\nseed / 0"
+    nbformat.write(notebook, path)
+    with pytest.raises(runner.RunError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
+        runner.run(["01_data"], "smoke", {}, tmp_path / "run")
+    executed = nbformat.read(tmp_path / "run/01_data.ipynb", as_version=4)
+    errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert errors and errors[0].ename == "ZeroDivisionError"
+    assert not runner.is_fresh("01_data", runner.settings("smoke", {}), tmp_path / "run")
+
+
+def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
+    """Killed in the second notebook: the first is not run again, and no half-written file is taken for a result."""
+    folder = tmp_path / "home/reports/smoke"
+    shutil.copytree(smoke_run, folder)
+    for name in ("02_finetune", "03_evaluate"):
+        (folder / "work" / name / "done.json").unlink()
+        (folder / "results" / f"{name}.json").unlink()
+    command = [sys.executable, "-m", "llmprod", "run", "--profile", "smoke"]
+    environment = os.environ | {"LLMPROD_HOME": str(tmp_path / "home"), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    assert "[1/3] 01_data: nothing has changed" in process.stdout.readline()
+    time.sleep(12)  # somewhere inside 02_finetune
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "results/02_finetune.json").exists()
+    again = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("nothing has changed") == 1
+    assert report.results(folder)["03_evaluate"]["metrics"] == report.results(smoke_run)["03_evaluate"]["metrics"]
+
+
+def test_the_command_line_shows_messages_not_tracebacks(tmp_path):
+    for arguments in (["run", "--notebook", "99_x"], ["run", "--params", "x"], ["artifacts", "nothing"], ["sync"]):
+        done = llmprod(*arguments, LLMPROD_HOME=str(tmp_path))
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "Error: " in done.stderr, arguments
+
+
+def test_verify_fails_on_what_is_missing(tmp_path):
+    done = llmprod("verify", LLMPROD_HOME=str(tmp_path))
+    assert done.returncode == 1 and "MISSING" in done.stdout
+
+
+def test_artifact_table():
+    done = llmprod("artifacts")
+    assert done.returncode == 0 and all(name in done.stdout for name in artifacts.registry())
+    assert "CC BY-NC-SA 3.0" in done.stdout and "Apache-2.0" in done.stdout

@@ -1,0 +1,191 @@
+"""Tracking: offline and silent without an account, with the same numbers as the results file."""
+
+import http.server
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+
+import pandas as pd
+import pytest
+
+from llmprod import LLMProdError, track
+
+TRACKED = """
+import os, socket, sys
+
+allowed, connect = {"127.0.0.1", "::1", "localhost"}, socket.socket.connect
+def guarded(self, address):
+    if isinstance(address, tuple) and address[0] not in allowed:
+        print("CONNECTION TO", address, flush=True)
+        raise ConnectionRefusedError(address)
+    return connect(self, address)
+socket.socket.connect = guarded
+
+import matplotlib; matplotlib.use("Agg")
+import matplotlib.pyplot as plt, pandas as pd
+from llmprod import track
+seed, dataset = 3, "reuters-r8"
+run = track.start("01_data", {"seed": seed, "dataset": dataset})
+run.log({"loss": 0.5}, step=1)
+run.figure("one", plt.figure())
+run.table("two", pd.DataFrame({"class": ["a"], "F1": [0.5]}))
+run.finish({"accuracy": 0.25}, {"sha256 of data": "abc"})
+"""
+
+
+@pytest.fixture
+def trap():
+    """A proxy on loopback that refuses every request and remembers it: any program's attempt to leave ends here."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            asked.append(self.path)
+            self.send_error(403)
+
+        do_GET = do_POST = do_HEAD = do_CONNECT
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def run_tracked(folder, proxy, **environment):
+    """Runs the program above with every way out led into the trap."""
+    ways = {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "TRACKING", "NO_PROXY", "no_proxy")}
+    clean |= ways | {"LLMPROD_RUN": str(folder), "HOME": str(folder)} | environment
+    return subprocess.run([sys.executable, "-c", TRACKED], env=clean, capture_output=True, text=True, timeout=120)
+
+
+def test_the_trap_catches_what_leaves(trap):
+    proxy, asked = trap
+    code = "import requests; requests.get('https://example.com')"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"HTTPS_PROXY": proxy}, capture_output=True)
+    assert asked == ["example.com:443"]
+
+
+def test_without_an_account_it_is_offline_and_silent(trap, tmp_path):
+    proxy, asked = trap
+    done = run_tracked(tmp_path, proxy)
+    assert done.returncode == 0, done.stderr
+    assert asked == [] and "CONNECTION TO" not in done.stdout
+    assert "wandb" not in (done.stdout + done.stderr).lower()
+    assert list((tmp_path / "work/wandb").glob("offline-run-*")), "the offline run is there, to be synced later"
+    assert list((tmp_path / "work/tensorboard").rglob("events*"))
+    assert (tmp_path / "figures/01_data-one.png").exists()
+
+
+def test_with_a_key_it_goes_online(trap, tmp_path):
+    """The key alone turns it online: the attempt is seen in the trap, and the key in nothing that is written."""
+    proxy, asked = trap
+    key = "0123456789abcdef0123456789abcdef01234567"
+    settings = {"WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2"}
+    try:
+        done = run_tracked(tmp_path, proxy, **settings)
+        assert key not in done.stdout + done.stderr
+    except subprocess.TimeoutExpired:
+        pass
+    assert any("wandb" in host for host in asked)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+
+
+def test_tracking_none_writes_nothing(tmp_path, monkeypatch, trap):
+    done = run_tracked(tmp_path, trap[0], TRACKING="none")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "work/wandb").exists() and not (tmp_path / "work/tensorboard").exists()
+
+
+def test_a_misspelt_switch_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKING", "off")
+    monkeypatch.setenv("LLMPROD_RUN", str(tmp_path))
+    with pytest.raises(LLMProdError, match="'none'"):
+        track.start("01_data", {"seed": 0})
+
+
+def test_sync_needs_a_key():
+    with pytest.raises(LLMProdError, match="WANDB_API_KEY"):
+        track.sync()
+
+
+def read_offline_run(path):
+    """The records of a .wandb file: protocol buffers in LevelDB's log format (blocks of 32 KiB, 7-byte headers)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, part = path.read_bytes(), 7, b""  # the file's own header is 7 bytes, too
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        part += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(part)
+            yield record
+            part = b""
+
+
+def offline_run(folder, notebook):
+    """What the tracker kept of a notebook's run: its identity, config and summary."""
+    for path in sorted(folder.glob("work/wandb/offline-run-*/*.wandb")):
+        run, config, summary = None, {}, {}
+        for record in read_offline_run(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                run = record.run
+                items = record.run.config.update
+            elif kind == "config":
+                items = record.config.update
+            elif kind == "summary":
+                summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.summary.update}
+                continue
+            else:
+                continue
+            config |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+        if run is not None and run.job_type == notebook:
+            return run, config, summary
+    raise AssertionError(f"no offline run of {notebook}")
+
+
+@pytest.mark.parametrize("notebook", ["01_data", "02_finetune", "03_evaluate"])
+def test_offline_run_holds_the_numbers_of_the_results_file(smoke_run, notebook):
+    result = json.loads((smoke_run / "results" / f"{notebook}.json").read_text())
+    run, config, summary = offline_run(smoke_run, notebook)
+    for name, metric in result["metrics"].items():
+        assert summary[name] == pytest.approx(metric["value"]), name
+    for name, value in result["speeds"].items():
+        assert summary[name] == pytest.approx(value), name
+    for name, value in result["protocol"].items():
+        if not isinstance(value, dict):  # the protocols of upstream notebooks are in their own runs
+            assert config[name] == value, name
+    assert run.run_group == track.git_commit() and run.display_name == f"{notebook}-smoke-seed{result['seed']}"
+
+
+def test_tensorboard_has_the_same_numbers(smoke_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(smoke_run / "work/tensorboard/02_finetune")).Reload()
+    result = json.loads((smoke_run / "results/02_finetune.json").read_text())
+    for name, metric in result["metrics"].items():
+        last = events.Scalars(f"results/{name.replace(' ', '_').replace(',', '_')}")[-1].value
+        assert last == pytest.approx(metric["value"], rel=1e-6)
+    assert len(events.Scalars("loss")) > 1 or len(events.Scalars("train_loss")) == 1
+
+
+def test_table_takes_numpy_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPROD_RUN", str(tmp_path))
+    run = track.start("01_data", {"seed": 0})
+    run.table("t", pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+    run.finish({}, {})
