@@ -38,7 +38,12 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
         model, tokenizer = finetune.load_classifier("minilm", labels)
         tokens = finetune.tokenize(splits, tokenizer, 128)["train"]
         collate = DataCollatorWithPadding(tokenizer)
-        common = {"num_train_epochs": 1, "per_device_train_batch_size": batch_size, "learning_rate": 1e-4, "disable_tqdm": True}
+        common = {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": 1e-4,
+            "disable_tqdm": True,
+        }
         if variant.startswith("llmprod"):
             precision = "fp32" if variant.endswith("fp32") else "auto"
             arguments = finetune.training_arguments(Path(folder), 0, precision, **common)
@@ -51,7 +56,9 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
                 collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
 
         def train(part) -> float:
-            trainer = Trainer(model=model, args=arguments, train_dataset=part, data_collator=collate, processing_class=tokenizer)
+            trainer = Trainer(
+                model=model, args=arguments, train_dataset=part, data_collator=collate, processing_class=tokenizer
+            )
             return trainer.train().metrics["train_samples_per_second"]
 
         train(tokens.select(range(2 * batch_size)))
@@ -82,7 +89,9 @@ def main() -> None:
         except artifacts.ArtifactError as error:
             print(f"\n{dataset}: left out. {error}")
             continue
-        print(f"\n{dataset}, minilm, {options.rows} texts, batch {options.batch_size}, median of {options.repeats} turns")
+        print(
+            f"\n{dataset}, minilm, {options.rows} texts, batch {options.batch_size}, median of {options.repeats} turns"
+        )
         found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
         for _ in range(options.repeats):
             for variant in VARIANTS:

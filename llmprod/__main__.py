@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("--notebook", default="", help="for example 02_finetune; all where it is left out")
         sub.add_argument("--params", default="", help='for example "epochs=2 seed=1"')
     commands.add_parser("verify", help="print the verdict", parents=[with_profile])
-    commands.add_parser("report", help="write the report and the generated parts of the READMEs", parents=[with_profile])
+    commands.add_parser(
+        "report", help="write the report and the generated parts of the READMEs", parents=[with_profile]
+    )
     reference = commands.add_parser("reference", help="measure the reference over seeds", parents=[with_profile])
     reference.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     command("pin", "write the commit that Colab installs into the notebooks' first cell")
@@ -78,7 +80,10 @@ def verify(options: argparse.Namespace) -> int:
     table = report.verify(folder)
     print(report.markdown(table))
     failed = table["verdict"].isin([report.DRIFTED, report.MISSING])
-    print(f"\n{len(table) - failed.sum()} of {len(table)} rows stand" + (f"; {failed.sum()} do not" if failed.any() else ""))
+    print(
+        f"\n{len(table) - failed.sum()} of {len(table)} rows stand"
+        + (f"; {failed.sum()} do not" if failed.any() else "")
+    )
     return int(failed.any())
 
 

@@ -159,7 +159,15 @@ def pip_download(source: dict, target: Path) -> Path:
     requirement.write_text(f"{source['pip']} --hash=sha256:{source['sha256']}\n")
     kind = ["--no-binary", ":all:"] if source.get("sdist") else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *kind, "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "raw", "-d", str(target / "pip"), "-r", str(requirement)]
+    command += [
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "raw",
+        "-d",
+        str(target / "pip"),
+        "-r",
+        str(requirement),
+    ]
     lines = []
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,

@@ -116,7 +116,9 @@ def read_saved_dataset(folder: Path) -> dict[str, pd.DataFrame]:
     saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     unknown = sorted(set(saved) - set(SPLITS))
     if unknown or "train" not in saved:
-        raise DataError(f"{folder}: has the splits {', '.join(saved)}; needed is train, and may be validation and test.")
+        raise DataError(
+            f"{folder}: has the splits {', '.join(saved)}; needed is train, and may be validation and test."
+        )
     frames = {}
     for split, part in saved.items():
         frames[split] = part.to_pandas()

@@ -136,7 +136,10 @@ def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, st
     else:
         can = torch.cpu.get_capabilities()
         has_bf16 = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
-        device, name = torch.device("cpu"), f"{can.get('cpu_name') or can.get('architecture')}, {torch.get_num_threads()} threads"
+        device, name = (
+            torch.device("cpu"),
+            f"{can.get('cpu_name') or can.get('architecture')}, {torch.get_num_threads()} threads",
+        )
     if precision == "auto":
         reason = "has" if has_bf16 else "lacks"
         return device, "bf16" if has_bf16 else "fp32", f"{name}; it {reason} instructions for bfloat16"

@@ -172,7 +172,9 @@ def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: 
                     **judge(mine, theirs, metric, value),
                 }
             )
-    return pd.DataFrame(rows, columns=["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"])
+    return pd.DataFrame(
+        rows, columns=["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"]
+    )
 
 
 def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, value: float | None) -> dict[str, str]:
@@ -221,7 +223,11 @@ def page(folder: Path) -> str:
     """The report of a run as Markdown."""
     table, found = verify(folder), results(folder)
     tally = ", ".join(f"{count} {name}" for name, count in table["verdict"].value_counts().items())
-    parts = [f"# Report of the run `{folder.name}`", f"**Verdict: {tally or 'nothing was recorded'}.**", markdown(table)]
+    parts = [
+        f"# Report of the run `{folder.name}`",
+        f"**Verdict: {tally or 'nothing was recorded'}.**",
+        markdown(table),
+    ]
     parts.append(
         "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
         "3 sd √(1 + 1/seeds) and one test example. Published figures have protocols of their own: `published.yaml`."
@@ -287,7 +293,8 @@ def notebook_table(language: str) -> str:
     rows, expected = [], reference("cpu")
     for name, item in pipeline().items():
         measured = expected.get(name)
-        link = f"[`{name}`](notebooks/{name}.ipynb) ([{'executed' if language == 'en' else '已执行'}](reports/reference/cpu/{name}.ipynb))"
+        executed = {"en": "executed", "zh": "已执行"}[language]
+        link = f"[`{name}`](notebooks/{name}.ipynb) ([{executed}](reports/reference/cpu/{name}.ipynb))"
         minutes = f"{measured['minutes']:.1f}" if measured else ""
         headline = f"{item['headline']} {spread(measured['metrics'][item['headline']])}" if measured else ""
         rows.append([link, item[title], minutes, headline, colab(name)])
@@ -296,7 +303,9 @@ def notebook_table(language: str) -> str:
 
 def result_table(language: str) -> str:
     """The main figures of the `cpu` reference beside the published ones."""
-    heads = {"en": ["method", "accuracy", "macro-F1", "source"], "zh": ["方法", "准确率", "宏平均 F1", "来源"]}[language]
+    heads = {"en": ["method", "accuracy", "macro-F1", "source"], "zh": ["方法", "准确率", "宏平均 F1", "来源"]}[
+        language
+    ]
     measured = reference("cpu").get("03_evaluate")
     if not measured:
         return "Not measured yet." if language == "en" else "尚未测量。"

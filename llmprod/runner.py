@@ -132,7 +132,7 @@ def fingerprint(notebook: str, injected: Mapping[str, dict]) -> str:
 
 def is_input(value: str) -> bool:
     """Whether a parameter's value names an artifact or an existing file or folder."""
-    return value in artifacts.registry() or bool(value) and Path(value).expanduser().exists()
+    return value in artifacts.registry() or (bool(value) and Path(value).expanduser().exists())
 
 
 def is_fresh(notebook: str, injected: Mapping[str, dict], folder: Path) -> bool:
@@ -264,7 +264,12 @@ def ensure(notebook: str) -> Path:
     folder = paths.run_folder()
     if not (folder / "results" / f"{notebook}.json").exists():
         print(f"{notebook} has not run in {folder.name} yet; running it first")
-        run(with_upstream(notebook), folder.name if (paths.PROFILES / f"{folder.name}.yaml").exists() else "cpu", {}, folder)
+        run(
+            with_upstream(notebook),
+            folder.name if (paths.PROFILES / f"{folder.name}.yaml").exists() else "cpu",
+            {},
+            folder,
+        )
     return folder / "work" / notebook
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: one cache for downloads, tracking off unless a test turns it on, one smoke run of everything."""
+"""What the tests share: tracking off unless a test turns it on, an empty cache, one smoke run of everything."""
 
 import os
 import subprocess

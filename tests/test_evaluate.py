@@ -41,7 +41,7 @@ def test_equals_sklearn(pair):
 
 
 def test_bootstrap_interval_covers_as_often_as_it_says():
-    """Of 200 samples of 100 texts from a classifier that is right 80 % of the time, about 95 % of intervals hold 0.8."""
+    """Of 200 samples from a classifier that is right 80 % of the time, about 95 % of the intervals hold 0.8."""
     random = np.random.default_rng(0)
     covered = 0
     for trial in range(200):

@@ -36,7 +36,9 @@ def fit(small, folder, seed: int, rows: int = 160, **settings):
     part = DatasetDict(train=splits["train"].select(range(rows)), validation=splits["validation"].select(range(32)))
     tokens = finetune.tokenize(part, tokenizer, 32)
     arguments = finetune.training_arguments(
-        folder, seed, **{"precision": "fp32", "num_train_epochs": 1, "learning_rate": 3e-4, "disable_tqdm": True} | settings
+        folder,
+        seed,
+        **{"precision": "fp32", "num_train_epochs": 1, "learning_rate": 3e-4, "disable_tqdm": True} | settings,
     )
     trainer = Trainer(
         model=model,
@@ -133,7 +135,7 @@ def test_a_model_must_be_known_and_in_safetensors(tmp_path):
 
 
 def test_precision_is_chosen_with_a_reason():
-    device, precision, reason = finetune.device_and_precision("auto")
+    _, precision, reason = finetune.device_and_precision("auto")
     assert precision in ("fp32", "bf16") and "bfloat16" in reason
     assert finetune.device_and_precision("fp32")[1] == "fp32"
     with pytest.raises(finetune.ModelError, match="'auto', 'fp32' or 'bf16'"):

@@ -38,7 +38,9 @@ def test_hygiene(name):
     assert len(tagged(notebook, "parameters")) == 1 and len(tagged(notebook, "setup")) == 1
     assert code[0] == tagged(notebook, "setup")[0] and code[1] == tagged(notebook, "parameters")[0]
     assert report.colab(name) in notebook.cells[0].source
-    assert not PRIVATE.search(re.sub(r"@[0-9a-f]{40}", "", json.dumps(notebook))), "a path of someone's machine, or a key"
+    assert not PRIVATE.search(re.sub(r"@[0-9a-f]{40}", "", json.dumps(notebook))), (
+        "a path of someone's machine, or a key"
+    )
     source = "\n".join(c.source for c in code)
     assert f'track.start("{name}", globals())' in source and "report.record(" in code[-1].source
     assert "# NBVAL_CHECK_OUTPUT" in source
@@ -102,9 +104,17 @@ def test_committed_copies_tell_nothing_of_their_machine(folder):
 
 def test_nbval_reproduces_the_checked_cells(tmp_path):
     """nbval runs the smoke copies again, in order, and compares the cells that are marked to be checked."""
+    options = "--nbval-lax --nbval-cell-timeout=600 -p no:cacheprovider -o addopts= -q".split()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=600", "-p", "no:cacheprovider", "-p", "no:randomly"]
-        + ["-o", "addopts=", "-q", "--rootdir", str(SMOKE), *(str(SMOKE / f"{name}.ipynb") for name in NAMES)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            "--rootdir",
+            str(SMOKE),
+            *(f"{SMOKE}/{name}.ipynb" for name in NAMES),
+        ],
         env=os.environ | {"LLMPROD_RUN": str(tmp_path / "smoke")},
         cwd=tmp_path,
         capture_output=True,
@@ -126,7 +136,10 @@ def test_smoke_run_gives_the_numbers_of_the_committed_copies(smoke_run):
             strict=True,
         )
         for mine, theirs in pairs:
-            texts = [[o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"] for cell in (mine, theirs)]
+            texts = [
+                [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"]
+                for cell in (mine, theirs)
+            ]
             assert texts[0] == texts[1] and texts[0], name
 
 
@@ -161,4 +174,6 @@ def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / "llmprod/repository/notebooks/01_data.ipynb").exists(), "it was installed, with its notebooks"
-    assert (folder / "runs/lab/results/02_finetune.json").exists() and (folder / "runs/lab/results/01_data.json").exists()
+    assert (folder / "runs/lab/results/02_finetune.json").exists() and (
+        folder / "runs/lab/results/01_data.json"
+    ).exists()

@@ -17,7 +17,9 @@ PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     name.lower().replace("_", "-"): version
     for name, _, version in (
-        line.partition("==") for line in (paths.ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+        line.partition("==")
+        for line in (paths.ROOT / "constraints.txt").read_text().splitlines()
+        if line and line[0] != "#"
     )
 }
 
@@ -50,7 +52,22 @@ def test_make_help_explains_every_target():
     done = subprocess.run(["make", "help"], cwd=paths.ROOT, capture_output=True, text=True, check=True)
     makefile = (paths.ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
-    wanted = "setup reproduce test run smoke verify report bench reference lab lint sync clean help".split()
+    wanted = [
+        "setup",
+        "reproduce",
+        "test",
+        "run",
+        "smoke",
+        "verify",
+        "report",
+        "bench",
+        "reference",
+        "lab",
+        "lint",
+        "sync",
+        "clean",
+        "help",
+    ]
     assert set(wanted) <= set(targets)
     assert all(f"make {target} " in done.stdout for target in targets)
 
@@ -75,7 +92,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_both_readmes_tell_the_same():
     english, chinese = ((paths.ROOT / name).read_text() for name in ("README.md", "README.zh.md"))
     for pattern in (r"^#+ ", r"^```", r"<!-- generated: \w+ -->"):
-        assert len(re.findall(pattern, english, re.MULTILINE)) == len(re.findall(pattern, chinese, re.MULTILINE)), pattern
+        assert len(re.findall(pattern, english, re.MULTILINE)) == len(re.findall(pattern, chinese, re.MULTILINE)), (
+            pattern
+        )
     commands = re.compile(r"^(?:make|python|git|pip|conda) .*?(?=\s+#|$)", re.MULTILINE)
     assert commands.findall(english) == commands.findall(chinese)
 
@@ -90,7 +109,9 @@ def test_no_secret_home_path_or_large_file_is_committed():
 
 
 def test_no_data_set_is_committed():
-    assert not [n for n in tracked() if n.endswith((".csv", ".tsv", ".tab", ".parquet", ".arrow", ".safetensors", ".jsonl"))]
+    assert not [
+        n for n in tracked() if n.endswith((".csv", ".tsv", ".tab", ".parquet", ".arrow", ".safetensors", ".jsonl"))
+    ]
 
 
 def test_nothing_pickled_is_loaded_and_no_remote_code_runs():

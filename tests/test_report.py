@@ -46,7 +46,8 @@ def test_tolerance_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("value", "name"), [(0.97, "REPRODUCED"), (1.0, "REPRODUCED"), (1.01, "DRIFTED"), (0.9, "DRIFTED"), (math.nan, "DRIFTED")]
+    ("value", "name"),
+    [(0.97, "REPRODUCED"), (1.0, "REPRODUCED"), (1.01, "DRIFTED"), (0.9, "DRIFTED"), (math.nan, "DRIFTED")],
 )
 def test_verdict_by_distance(value, name):
     assert verdict(result(value), expected(0.96, 0.97, 0.98))[0] == name
@@ -198,7 +199,9 @@ def test_report_pages_of_a_run(smoke_run):
 def test_generated_parts_of_the_readme_were_not_edited(name, language):
     path = paths.ROOT / name
     assert report.update_readme(path, language) == path.read_text(), "run make report"
-    assert {"badges", "notebooks", "results"} <= set(__import__("re").findall(r"<!-- generated: (\w+) -->", path.read_text()))
+    assert {"badges", "notebooks", "results"} <= set(
+        __import__("re").findall(r"<!-- generated: (\w+) -->", path.read_text())
+    )
 
 
 def test_published_figures_have_source_and_protocol():

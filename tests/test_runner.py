@@ -97,7 +97,8 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("module", "stale"), [("evaluate", {"02_finetune", "03_evaluate"}), ("finetune", {*report.pipeline()}), ("notebooks", set())]
+    ("module", "stale"),
+    [("evaluate", {"02_finetune", "03_evaluate"}), ("finetune", {*report.pipeline()}), ("notebooks", set())],
 )
 def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_path, module, stale):
     shutil.copytree(paths.PACKAGE, tmp_path / "llmprod")
@@ -132,17 +133,27 @@ def test_provenance_stamp(smoke_run):
 
 def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     """One command for a file of one's own; a wrong column is one clear message, and the next run goes on."""
-    rows = [f'"{text} number {i}",{label}' for i in range(60) for text, label in (("oil price", "oil"), ("bank loan", "bank"))]
+    rows = [
+        f'"{text} number {i}",{label}'
+        for i in range(60)
+        for text, label in (("oil price", "oil"), ("bank loan", "bank"))
+    ]
     path = tmp_path / "mine.csv"
     path.write_text("body,topic\n" + "\n".join(rows) + "\n")
     home = {"LLMPROD_HOME": str(tmp_path / "home")}
     common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2"
-    wrong = llmprod("reproduce", "--profile", "smoke", "--params", f"{common} text_column=text label_column=topic", **home)
+    wrong = llmprod(
+        "reproduce", "--profile", "smoke", "--params", f"{common} text_column=text label_column=topic", **home
+    )
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
-    assert "01_data stopped" in wrong.stderr and "no column 'text'; it has body, topic. Set text_column." in wrong.stderr
+    assert (
+        "01_data stopped" in wrong.stderr and "no column 'text'; it has body, topic. Set text_column." in wrong.stderr
+    )
     assert list((tmp_path / "home/runs").rglob("01_data.ipynb")), "the executed copy stays"
 
-    right = llmprod("reproduce", "--profile", "smoke", "--params", f"{common} text_column=body label_column=topic", **home)
+    right = llmprod(
+        "reproduce", "--profile", "smoke", "--params", f"{common} text_column=body label_column=topic", **home
+    )
     assert right.returncode == 0, right.stderr
     assert "NOT COMPARABLE" in right.stdout and "dataset: " in right.stdout
     (result,) = (tmp_path / "home/runs").rglob("03_evaluate.json")
@@ -173,7 +184,9 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
         (folder / "results" / f"{name}.json").unlink()
     command = [sys.executable, "-m", "llmprod", "run", "--profile", "smoke"]
     environment = os.environ | {"LLMPROD_HOME": str(tmp_path / "home"), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     assert "[1/3] 01_data: nothing has changed" in process.stdout.readline()
     time.sleep(12)  # somewhere inside 02_finetune
     os.killpg(process.pid, signal.SIGKILL)
