@@ -46,9 +46,8 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
         }
         if variant.startswith("llmprod"):
             precision = "fp32" if variant.endswith("fp32") else "auto"
-            arguments = finetune.training_arguments(Path(folder), 0, precision, **common)
-            arguments.eval_strategy = arguments.save_strategy = "no"
-            arguments.load_best_model_at_end = False
+            nothing_kept = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+            arguments = finetune.training_arguments(Path(folder), 0, precision, **nothing_kept, **common)
         else:
             settings = {"use_cpu": finetune.device_and_precision()[0].type == "cpu", "report_to": "none"}
             arguments = TrainingArguments(folder, save_strategy="no", **settings, **common)

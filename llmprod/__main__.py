@@ -79,12 +79,8 @@ def verify(options: argparse.Namespace) -> int:
     folder = runner.folder_for(options.profile, runner.parse_parameters(getattr(options, "params", "")))
     table = report.verify(folder)
     print(report.markdown(table))
-    failed = table["verdict"].isin([report.DRIFTED, report.MISSING])
-    print(
-        f"\n{len(table) - failed.sum()} of {len(table)} rows stand"
-        + (f"; {failed.sum()} do not" if failed.any() else "")
-    )
-    return int(failed.any())
+    print(f"\n{report.tally(table)}")
+    return int(table["verdict"].isin([report.DRIFTED, report.MISSING]).any())
 
 
 def write_report(options: argparse.Namespace) -> int:

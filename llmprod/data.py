@@ -253,8 +253,9 @@ def split(
 ) -> pd.DataFrame:
     """Gives the table the splits it lacks, stratified by label, and checks that it can be learnt from.
 
-    A test split is cut only where there is none, and then a validation split likewise, each from training. A class
-    with a single training text keeps it in training. `train_rows` and `test_rows` above 0 keep a stratified subset.
+    A test split is cut from training only where there is none; then `train_rows` and `test_rows` above 0 keep a
+    stratified subset; then a validation split is cut from training where there is none. A class with a single
+    training text keeps it in training.
 
     Raises DataError for a single class, no training rows, or test labels that training lacks.
     """
@@ -274,13 +275,14 @@ def split(
         return train_test_split(many, test_size=size, random_state=seed, stratify=table.loc[many, "label"])[1]
 
     check_labels(table)
-    for name, share in (("test", test_share), ("validation", validation_share)):
-        if not (table["split"] == name).any():
-            table.loc[cut(table.index[table["split"] == "train"], share), "split"] = name
+    if not (table["split"] == "test").any():
+        table.loc[cut(table.index[table["split"] == "train"], test_share), "split"] = "test"
     for name, rows in (("train", train_rows), ("test", test_rows)):
         having = table.index[table["split"] == name]
         if 0 < rows < len(having):
             table = table.drop(having.difference(cut(having, rows)))
+    if not (table["split"] == "validation").any():
+        table.loc[cut(table.index[table["split"] == "train"], validation_share), "split"] = "validation"
     check_labels(table)
     return table.reset_index(drop=True)
 

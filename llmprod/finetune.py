@@ -168,22 +168,23 @@ def training_arguments(folder: Path, seed: int, precision: str = "auto", **setti
     validation is kept; progress goes to our own tracking (`track.callback`).
     """
     device, precision, _ = device_and_precision(precision)
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        bf16=precision == "bf16",
-        train_sampling_strategy="group_by_length",
-        optim="adamw_torch_fused",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        save_only_model=True,
-        load_best_model_at_end=True,
-        report_to="none",
-        dataloader_pin_memory=device.type == "cuda",
-        **settings,
-    )
+    defaults = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": precision == "bf16",
+        "train_sampling_strategy": "group_by_length",
+        "optim": "adamw_torch_fused",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "save_only_model": True,
+        "load_best_model_at_end": True,
+        "report_to": "none",
+        "disable_tqdm": False,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    return TrainingArguments(**defaults | settings)
 
 
 def in_length_order(
@@ -192,7 +193,8 @@ def in_length_order(
     """Batches of texts of similar length, longest first: (their positions in `texts`, padded tensors)."""
     tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     order = np.argsort([-len(t) for t in tokens], kind="stable")
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, leave=False):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) == 1):
         rows = order[start : start + batch_size]
         yield rows, tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
 

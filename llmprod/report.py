@@ -166,9 +166,9 @@ def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: 
                     "notebook": notebook,
                     "metric": name,
                     "published": f"{beside['value']:.4g} ({beside['method']})" if beside else "",
-                    "reference": f"{metric['mean']:.4f} ± {metric['sd']:.4f} ({metric['runs']})" if metric else "",
-                    "yours": "" if value is None else f"{value:.4f}",
-                    "tolerance": f"{tolerance(metric):.4f}" if metric else "",
+                    "reference": spread(metric) if metric else "",
+                    "yours": "" if value is None else number(value),
+                    "tolerance": number(tolerance(metric)) if metric else "",
                     **judge(mine, theirs, metric, value),
                 }
             )
@@ -244,6 +244,11 @@ def page(folder: Path) -> str:
         speeds = pd.DataFrame(result["speeds"].items(), columns=["measured on this machine", "value"])
         parts.append(markdown(speeds.assign(value=[f"{value:,.6g}" for value in speeds["value"]])))
     return "\n\n".join(parts) + "\n"
+
+
+def tally(table: pd.DataFrame) -> str:
+    """How many rows have which verdict."""
+    return ", ".join(f"{count} of {len(table)} {name}" for name, count in table["verdict"].value_counts().items())
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -326,7 +331,10 @@ OURS = {
 
 
 def spread(metric: Mapping[str, object]) -> str:
-    """A reference metric as mean ± sd (runs), whole where it is a count."""
-    if "n" not in metric and metric["sd"] == 0:
-        return f"{metric['mean']:,.0f}"
-    return f"{metric['mean']:.4f} ± {metric['sd']:.4f} ({metric['runs']})"
+    """A reference metric as mean ± sd (runs)."""
+    return f"{number(metric['mean'])} ± {number(metric['sd'])} ({metric['runs']})"
+
+
+def number(value: float) -> str:
+    """A number for people: shares to four places, counts with separators."""
+    return f"{value:.4f}" if abs(value) < 10 and value != int(value) else f"{value:,.{0 if value == int(value) else 1}f}"
