@@ -8,7 +8,10 @@ from llmprod import LLMProdError, paths, report
 
 SETUP = """\
 # Installs llmprod where it is missing (Colab) and does nothing where it is installed.
-import importlib.util, os, subprocess, sys
+import importlib.util
+import os
+import subprocess
+import sys
 
 if importlib.util.find_spec("llmprod") is None:
     _source = os.environ.get("LLMPROD_INSTALL", "llmprod @ git+{repository}@{commit}")

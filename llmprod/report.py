@@ -317,7 +317,7 @@ def result_table(language: str) -> str:
     here = "this repository" if language == "en" else "本仓库"
     metrics, rows = measured["metrics"], []
     for method, prefix in OURS.items():
-        rows.append([method, spread(metrics[f"{prefix}accuracy"]), spread(metrics[f"{prefix}macro_f1"]), here])
+        rows.append([method, spread(metrics[f"{prefix}accuracy"]), spread(metrics[f"{prefix}macro-F1"]), here])
     for other in published("03_evaluate", measured["protocol"]):
         rows.append([other["method"], f"{other['value']:.4g}", "", f"{other['source']}; {other['protocol']}"])
     return markdown(pd.DataFrame(rows, columns=heads))
@@ -325,8 +325,8 @@ def result_table(language: str) -> str:
 
 OURS = {
     "**MiniLM, fine-tuned (22.7 M parameters)**": "",
-    "MiniLM, frozen + logistic regression": "frozen_",
-    "TF-IDF + logistic regression": "tfidf_",
+    "MiniLM, frozen + logistic regression": "frozen encoder ",
+    "TF-IDF + logistic regression": "TF-IDF ",
 }
 
 
@@ -337,4 +337,6 @@ def spread(metric: Mapping[str, object]) -> str:
 
 def number(value: float) -> str:
     """A number for people: shares to four places, counts with separators."""
-    return f"{value:.4f}" if abs(value) < 10 and value != int(value) else f"{value:,.{0 if value == int(value) else 1}f}"
+    return (
+        f"{value:.4f}" if abs(value) < 10 and value != int(value) else f"{value:,.{0 if value == int(value) else 1}f}"
+    )

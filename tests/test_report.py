@@ -169,12 +169,12 @@ def test_majority_class_drifts_from_every_reference(texts):
     certain[:, largest] = 1
     values = {
         "accuracy": evaluate.accuracy(y, predictions),
-        "macro_f1": evaluate.macro_f1(y, predictions),
-        "log_loss": float(-np.log(certain[np.arange(len(y)), y]).mean()),
-        "calibration_error": evaluate.expected_calibration_error(y, certain),
+        "macro-F1": evaluate.macro_f1(y, predictions),
+        "log loss, nats": float(-np.log(certain[np.arange(len(y)), y]).mean()),
+        "calibration error": evaluate.expected_calibration_error(y, certain),
     }
     for name, metric in item["metrics"].items():
-        value = values.get(name, values.get(name.split("_", 1)[-1]))
+        value = values.get(name, values.get(name.split()[-1]))
         judged = report.judge({"metrics": {}, "protocol": item["protocol"]}, item, metric, value)
         assert judged["verdict"] == "DRIFTED", name
 
