@@ -14,7 +14,8 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("llmprod") is None:
-    _source = os.environ.get("LLMPROD_INSTALL", "llmprod @ git+{repository}@{commit}")
+    _pinned = "llmprod @ git+{repository}@{commit}"
+    _source = os.environ.get("LLMPROD_INSTALL", _pinned)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", _source], check=True)"""
 
 

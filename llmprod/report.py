@@ -157,7 +157,7 @@ def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: 
     for notebook in notebooks:
         mine, theirs = found.get(notebook), expected.get(notebook)
         others = published(notebook, (theirs or mine or {}).get("protocol", {}))
-        for name in (theirs or mine or {"metrics": {}})["metrics"]:
+        for name in (theirs or mine or {"metrics": ["(everything)"]})["metrics"]:
             beside = next((o for o in others if o["metric"] == name), None)
             metric = theirs["metrics"].get(name) if theirs else None
             value = mine["metrics"].get(name, {}).get("value") if mine else None

@@ -99,7 +99,7 @@ def test_embeddings_are_those_of_sentence_bert():
     assert vectors.shape == (5, 384)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     similar = vectors @ vectors.T
-    assert similar[0, 2] > 0.5 > similar[0, 1]
+    assert similar[0, 2] > 0.4 > 0.3 > similar[0, 1]
 
     from transformers import AutoModel, AutoTokenizer
 
