@@ -48,19 +48,26 @@ class Run:
         import wandb
         from torch.utils.tensorboard import SummaryWriter
 
-        online = bool(os.environ.get("WANDB_API_KEY"))
-        self.wandb = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "llmprod"),
-            name=f"{self.notebook}-{self.folder.name}-seed{self.seed}",
-            group=git_commit(),
-            job_type=self.notebook,
-            config=self.parameters,
-            dir=self.folder / "work",
-            mode="online" if online else "offline",
-            settings=wandb.Settings(
-                silent=not online, console="off", disable_git=True, disable_code=True, x_disable_stats=True
-            ),
-        )
+        def begin(mode: str) -> wandb.Run:
+            quiet = {"silent": mode == "offline", "console": "off", "disable_git": True, "disable_code": True}
+            return wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "llmprod"),
+                name=f"{self.notebook}-{self.folder.name}-seed{self.seed}",
+                group=git_commit(),
+                job_type=self.notebook,
+                config=self.parameters,
+                dir=self.folder / "work",
+                mode=mode,
+                settings=wandb.Settings(x_disable_stats=True, **quiet),
+            )
+
+        try:
+            self.wandb = begin("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        except wandb.errors.CommError as error:
+            print(
+                f"W&B can't be reached ({str(error).splitlines()[0]}): this run stays offline, `make sync` uploads it."
+            )
+            self.wandb = begin("offline")
         self.tensorboard = SummaryWriter(self.folder / "work" / "tensorboard" / self.notebook)
 
     def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:

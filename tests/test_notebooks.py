@@ -172,7 +172,8 @@ def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
     command = [python, "-m", "papermill", "02_finetune.ipynb", "out.ipynb", "--execution-timeout", "600"]
     for name, value in {"epochs": 1, "max_length": 8}.items():
         command += ["-p", name, str(value)]
-    environment = os.environ | {"LLMPROD_INSTALL": str(paths.ROOT), "JUPYTER_PATH": str(fresh / "share/jupyter")}
+    shares = f"{fresh}/share/jupyter{os.pathsep}{sys.prefix}/share/jupyter"  # the fresh kernel, nbconvert's templates
+    environment = os.environ | {"LLMPROD_INSTALL": str(paths.ROOT), "JUPYTER_PATH": shares}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / "llmprod/repository/notebooks/01_data.ipynb").exists(), "it was installed, with its notebooks"
