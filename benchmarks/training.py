@@ -68,7 +68,7 @@ def main() -> None:
     """Runs every variant in turn and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", nargs="+", default=["reuters-r8", "banking77"])
-    parser.add_argument("--rows", type=int, default=640)
+    parser.add_argument("--rows", type=int, default=384)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variant", help=argparse.SUPPRESS)

@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+DISK_ERRORS = {13, 20, 27, 28, 30, 122}  # errno: permission, not a folder, file too large, space, read-only, quota
+
 
 class LLMProdError(Exception):
     """What went wrong, with the name of the thing and the way out, in one message.

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from llmprod import LLMProdError
+from llmprod import DISK_ERRORS, LLMProdError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[options.command](options)
     except LLMProdError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"{error.strerror}: {error.filename or 'a file of the run'} could not be written. Free some space or "
+            "make it writable, and run again: what was finished is kept.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("Stopped. What was finished is kept; the next run goes on from there.", file=sys.stderr)

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError
+from llmprod import DISK_ERRORS, LLMProdError
 
 
 class ArtifactError(LLMProdError):
@@ -124,9 +124,6 @@ def obtain(name: str, wanted: list[str], temporary: Path) -> Path:
     )
 
 
-DISK_ERRORS = {13, 27, 28, 30, 122}  # no permission, file too large, no space, read-only, over quota
-
-
 def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object]]]:
     """(what to call it in a message, a function that puts the wanted files into a folder), in order."""
     mirror = os.environ.get("LLMPROD_MIRROR")
@@ -144,6 +141,8 @@ def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object
 def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
     """Copies files out of the mirror."""
     for file in wanted:
+        if not (folder / file).is_file():
+            raise ArtifactError(f"it has no {folder.name}/{file}")
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / file, target / file)
 

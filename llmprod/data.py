@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars, load_from_disk
+from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, artifacts
 
@@ -225,7 +226,7 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.8, seed: int = 0)
     shingles = [word_shingles(text) for text in texts]
     hashes = MinHash.bulk([[s.encode() for s in shingle] for shingle in shingles], num_perm=64, seed=seed + 1)
     index, pairs = MinHashLSH(threshold=threshold, num_perm=64), []
-    for b, minhash in enumerate(hashes):
+    for b, minhash in enumerate(tqdm(hashes, desc="near duplicates", leave=False)):
         for a in sorted(index.query(minhash)):
             similarity = len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
             if similarity >= threshold:

@@ -270,7 +270,7 @@ def update_readme(path: Path, language: str) -> str:
     def renew(match: re.Match) -> str:
         return f"<!-- generated: {match[1]} -->\n{blocks[match[1]](language)}\n<!-- end -->"
 
-    pattern = r"<!-- generated: (\w+) -->\n.*?\n<!-- end -->"
+    pattern = r"<!-- generated: (\w+) -->\n(?:.*?\n)?<!-- end -->"
     return re.sub(pattern, renew, path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -288,17 +288,22 @@ def colab(notebook: str) -> str:
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
+OURS = {
+    "**MiniLM, fine-tuned (22.7 M parameters)**": "",
+    "MiniLM, frozen + logistic regression": "frozen encoder ",
+    "TF-IDF + logistic regression": "TF-IDF ",
+}
+
+
 def notebook_table(language: str) -> str:
     """The notebooks: what each does, its minutes and its main result, from the `cpu` reference."""
-    title = "title" if language == "en" else "title_zh"
-    heads = {
-        "en": ["notebook", "what it does", "minutes", "main result", ""],
-        "zh": ["笔记本", "内容", "分钟", "主要结果", ""],
+    title, executed, heads = {
+        "en": ("title", "executed", ["notebook", "what it does", "minutes", "main result", ""]),
+        "zh": ("title_zh", "已执行", ["笔记本", "内容", "分钟", "主要结果", ""]),
     }[language]
     rows, expected = [], reference("cpu")
     for name, item in pipeline().items():
         measured = expected.get(name)
-        executed = {"en": "executed", "zh": "已执行"}[language]
         link = f"[`{name}`](notebooks/{name}.ipynb) ([{executed}](reports/reference/cpu/{name}.ipynb))"
         minutes = f"{measured['minutes']:.1f}" if measured else ""
         headline = f"{item['headline']} {spread(measured['metrics'][item['headline']])}" if measured else ""
@@ -308,13 +313,13 @@ def notebook_table(language: str) -> str:
 
 def result_table(language: str) -> str:
     """The main figures of the `cpu` reference beside the published ones."""
-    heads = {"en": ["method", "accuracy", "macro-F1", "source"], "zh": ["方法", "准确率", "宏平均 F1", "来源"]}[
-        language
-    ]
+    here, missing, heads = {
+        "en": ("this repository", "Not measured yet.", ["method", "accuracy", "macro-F1", "source"]),
+        "zh": ("本仓库", "尚未测量。", ["方法", "准确率", "宏平均 F1", "来源"]),
+    }[language]
     measured = reference("cpu").get("03_evaluate")
     if not measured:
-        return "Not measured yet." if language == "en" else "尚未测量。"
-    here = "this repository" if language == "en" else "本仓库"
+        return missing
     metrics, rows = measured["metrics"], []
     for method, prefix in OURS.items():
         rows.append([method, spread(metrics[f"{prefix}accuracy"]), spread(metrics[f"{prefix}macro-F1"]), here])
@@ -323,20 +328,13 @@ def result_table(language: str) -> str:
     return markdown(pd.DataFrame(rows, columns=heads))
 
 
-OURS = {
-    "**MiniLM, fine-tuned (22.7 M parameters)**": "",
-    "MiniLM, frozen + logistic regression": "frozen encoder ",
-    "TF-IDF + logistic regression": "TF-IDF ",
-}
-
-
 def spread(metric: Mapping[str, object]) -> str:
     """A reference metric as mean ± sd (runs)."""
     return f"{number(metric['mean'])} ± {number(metric['sd'])} ({metric['runs']})"
 
 
 def number(value: float) -> str:
-    """A number for people: shares to four places, counts with separators."""
-    return (
-        f"{value:.4f}" if abs(value) < 10 and value != int(value) else f"{value:,.{0 if value == int(value) else 1}f}"
-    )
+    """A number for people: whole numbers with separators, shares to four places."""
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.4f}"

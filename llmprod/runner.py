@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from llmprod import LLMProdError, artifacts, paths, report, track
+from llmprod import LLMProdError, artifacts, finetune, paths, report, track
 
 
 class RunError(LLMProdError):
@@ -198,17 +198,22 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
             f"{notebook} stopped: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
             f"The executed copy is {shown(target)}; the next run resumes with this notebook."
         ) from None
+    result = folder / "results" / f"{notebook}.json"
+    recorded = report.read_json(result)
+    asked = (declared(notebook) | injected[notebook]).get("precision", "auto")
+    device, precision, reason = finetune.device_and_precision(asked)
     provenance = {
         "source": source_hash(notebook),
         "parameters": injected[notebook],
         "commit": track.git_commit(),
         "versions": track.versions(track.SHOWN),
         "machine": track.machine(),
+        "device": f"{device.type}, {precision}: {reason}",
         "minutes": round((time.time() - started) / 60, 2),
+        "peak memory, MB": recorded["speeds"]["peak memory, MB"],
     }
     tidy(target, provenance)
-    result = folder / "results" / f"{notebook}.json"
-    report.write_json(result, report.read_json(result) | {"provenance": provenance})
+    report.write_json(result, recorded | {"provenance": provenance})
     to_html(target)
     report.write_json(done, {"fingerprint": stamp})
 
@@ -286,7 +291,8 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
 def measure_reference(profile_name: str, seeds: list[int]) -> Path:
     """Runs the pipeline for every seed (those done are skipped), and writes `reports/reference/<profile>.json`.
 
-    The executed notebooks and figures of the first seed are kept beside it, to be read.
+    Then runs the profile itself, whose seed is another one, and keeps its executed notebooks and figures beside the
+    file, to be read; they end with their verdict.
     """
     notebooks = list(report.pipeline())
     folders = {seed: paths.RUNS / "reference" / profile_name / f"seed-{seed}" for seed in seeds}
@@ -297,9 +303,11 @@ def measure_reference(profile_name: str, seeds: list[int]) -> Path:
     target = paths.REFERENCE / f"{profile_name}.json"
     summaries = {name: report.summarise([found[seed][name] for seed in seeds]) for name in notebooks}
     report.write_json(target, {"profile": profile_name, "seeds": seeds, "notebooks": summaries})
-    first, shelf = folders[seeds[0]], paths.REFERENCE / profile_name
+    shown, shelf = paths.REPORTS / profile_name, paths.REFERENCE / profile_name
+    run(notebooks, profile_name, {}, shown)
+    report.build(shown)
     shutil.rmtree(shelf, ignore_errors=True)
-    shutil.copytree(first / "figures", shelf / "figures")
-    for name in notebooks:
-        shutil.copyfile(first / f"{name}.ipynb", shelf / f"{name}.ipynb")
+    shutil.copytree(shown / "figures", shelf / "figures")
+    for name in (*(f"{notebook}.ipynb" for notebook in notebooks), "README.md"):
+        shutil.copyfile(shown / name, shelf / name)
     return target

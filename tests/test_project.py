@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -122,5 +123,5 @@ def test_nothing_pickled_is_loaded_and_no_remote_code_runs():
 
 
 def test_style():
-    done = subprocess.run(["ruff", "check", "."], cwd=paths.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -124,6 +124,7 @@ def test_provenance_stamp(smoke_run):
         stamp = nbformat.read(smoke_run / f"{name}.ipynb", as_version=4).metadata["llmprod"]
         assert stamp["source"] == runner.source_hash(name)
         assert stamp["parameters"] == runner.profile("smoke").get(name, {})
+        assert stamp["device"].startswith(("cpu, ", "cuda, ")) and stamp["peak memory, MB"] > 100
         assert stamp["versions"]["torch"] and stamp["machine"] and stamp["minutes"] > 0 and stamp["commit"]
         assert report.results(smoke_run)[name]["speeds"]["peak memory, MB"] > 100
 
@@ -202,6 +203,12 @@ def test_the_command_line_shows_messages_not_tracebacks(tmp_path):
     for arguments in (["run", "--notebook", "99_x"], ["run", "--params", "x"], ["artifacts", "nothing"], ["sync"]):
         done = llmprod(*arguments, LLMPROD_HOME=str(tmp_path))
         assert done.returncode == 2 and "Traceback" not in done.stderr and "Error: " in done.stderr, arguments
+
+
+def test_an_unwritable_place_is_one_message(tmp_path):
+    (tmp_path / "home").write_text("a file where the folder should be")
+    done = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "could not be written" in done.stderr
 
 
 def test_verify_fails_on_what_is_missing(tmp_path):
