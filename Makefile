@@ -3,7 +3,7 @@
 PROFILE  ?= cpu
 NOTEBOOK ?=
 PARAMS   ?=
-SEEDS    ?= 1 2 3 4 5
+SEEDS    ?= 0 1 2 3 4 5
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         "report", help="write the report and the generated parts of the READMEs", parents=[with_profile]
     )
     reference = commands.add_parser("reference", help="measure the reference over seeds", parents=[with_profile])
-    reference.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     command("pin", "write the commit that Colab installs into the notebooks' first cell")
     command("sync", "upload offline W&B runs")
     options = parser.parse_args(arguments)

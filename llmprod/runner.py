@@ -291,8 +291,8 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
 def measure_reference(profile_name: str, seeds: list[int]) -> Path:
     """Runs the pipeline for every seed (those done are skipped), and writes `reports/reference/<profile>.json`.
 
-    Then runs the profile itself, whose seed is another one, and keeps its executed notebooks and figures beside the
-    file, to be read; they end with their verdict.
+    Then runs the profile itself and keeps its executed notebooks and figures beside the file, to be read; they end
+    with their verdict.
     """
     notebooks = list(report.pipeline())
     folders = {seed: paths.RUNS / "reference" / profile_name / f"seed-{seed}" for seed in seeds}
