@@ -146,9 +146,11 @@ def differences(mine: Mapping[str, object], theirs: Mapping[str, object], prefix
 
 
 def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
-    """The figures of others for a notebook on the data set of its protocol."""
-    dataset = protocol.get("dataset") or protocol.get("01_data", {}).get("dataset", "")
-    return yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8")).get(notebook, {}).get(dataset, [])
+    """The figures of others for a notebook on the data set of its protocol, or of one that it builds on."""
+    while "dataset" not in protocol:
+        protocol = next((value for value in protocol.values() if isinstance(value, Mapping)), {"dataset": ""})
+    figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
+    return figures.get(notebook, {}).get(protocol["dataset"], [])
 
 
 def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: list[str]) -> pd.DataFrame:
@@ -270,7 +272,7 @@ def update_readme(path: Path, language: str) -> str:
     def renew(match: re.Match) -> str:
         return f"<!-- generated: {match[1]} -->\n{blocks[match[1]](language)}\n<!-- end -->"
 
-    pattern = r"<!-- generated: (\w+) -->\n(?:.*?\n)?<!-- end -->"
+    pattern = r"<!-- generated: (\w+) -->\n(?:.*?\n)??<!-- end -->"
     return re.sub(pattern, renew, path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 

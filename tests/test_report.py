@@ -203,6 +203,12 @@ def test_generated_parts_of_the_readme_were_not_edited(name, language):
     assert {"badges", "notebooks", "results"} <= set(re.findall(r"<!-- generated: (\w+) -->", path.read_text()))
 
 
+def test_published_figures_stand_beside_ours():
+    table = report.verdict({}, report.reference("cpu"), ["03_evaluate"]).set_index("metric")["published"]
+    assert table["accuracy"] == "0.978 (BERT-base)" and table["TF-IDF accuracy"] == "0.937 (TF-IDF + LR)"
+    assert "BERT-base" in (paths.ROOT / "README.md").read_text()
+
+
 def test_published_figures_have_source_and_protocol():
     import yaml
 
