@@ -23,7 +23,7 @@ VARIANTS = {
 
 def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str, float]:
     """Trains one epoch on a random subset after a warm-up, in this process: texts per second and peak memory."""
-    from datasets import disable_progress_bars
+    from datasets import Dataset, disable_progress_bars
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     from llmprod import data, finetune, track
@@ -31,12 +31,16 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
     disable_progress_bars()
     track.seed_everything(0)
     track.set_threads()
-    table = data.split(data.drop_duplicates(data.clean(data.load(dataset))[0])[0], train_rows=rows)
+    table = data.clean(data.load(dataset))[0].query("split == 'train'").sample(rows, random_state=0)
+    labels = sorted(table["label"].unique())
+    model, tokenizer = finetune.load_classifier("minilm", labels)
+    tokens = Dataset.from_dict(
+        {
+            **tokenizer(table["text"].tolist(), truncation=True, max_length=128),
+            "labels": [labels.index(label) for label in table["label"]],
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
-        data.save(table, Path(folder) / "splits", {})
-        splits, labels, _ = data.prepared(Path(folder) / "splits")
-        model, tokenizer = finetune.load_classifier("minilm", labels)
-        tokens = finetune.tokenize(splits, tokenizer, 128)["train"]
         collate = DataCollatorWithPadding(tokenizer)
         common = {
             "num_train_epochs": 1,
