@@ -25,7 +25,7 @@ def setup_cell(commit: str) -> str:
 
 
 def pin() -> str:
-    """Writes badge and first cell of every notebook, for the commit that is checked out. Returns the commit."""
+    """Writes badge and first cell of every notebook, for the last commit that changed the module. Returns it."""
     command = ["git", "-C", str(paths.ROOT), "log", "-1", "--format=%H", "--", "llmprod", "pyproject.toml"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     if not commit:

@@ -169,8 +169,9 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
     from traitlets.config import Config
 
     target, stamp = folder / f"{notebook}.ipynb", fingerprint(notebook, injected)
-    done = folder / "work" / notebook / "done.json"
-    done.unlink(missing_ok=True)
+    done, result = folder / "work" / notebook / "done.json", folder / "results" / f"{notebook}.json"
+    for outdated in (done, result):  # so that no verdict is given on the results of an earlier state
+        outdated.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     try:
@@ -198,7 +199,6 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
             f"{notebook} stopped: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
             f"The executed copy is {shown(target)}; the next run resumes with this notebook."
         ) from None
-    result = folder / "results" / f"{notebook}.json"
     recorded = report.read_json(result)
     asked = (declared(notebook) | injected[notebook]).get("precision", "auto")
     device, precision, reason = finetune.device_and_precision(asked)

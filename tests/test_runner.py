@@ -83,10 +83,16 @@ def test_a_changed_profile_reruns_what_depends_on_it(smoke_run, monkeypatch):
     assert fresh(smoke_run) == {"01_data": True, "02_finetune": True, "03_evaluate": False}
 
 
-def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, monkeypatch, tmp_path):
+@pytest.fixture
+def own_notebooks(monkeypatch, tmp_path):
+    """A copy of the notebooks that a test may change, and that the runner takes for the notebooks."""
     shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
-    path = tmp_path / "notebooks/02_finetune.ipynb"
+    return tmp_path / "notebooks"
+
+
+def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_notebooks):
+    path = own_notebooks / "02_finetune.ipynb"
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[0].source += "\n\nMore prose."
     nbformat.write(notebook, path)
@@ -161,18 +167,18 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert json.loads(result.read_text())["metrics"]["accuracy"]["n"] == 24
 
 
-def test_a_failed_notebook_keeps_its_traceback(tmp_path, monkeypatch):
-    shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
-    path = tmp_path / "notebooks/01_data.ipynb"
+def test_a_failed_notebook_keeps_its_traceback_and_no_older_result(own_notebooks, tmp_path):
+    path = own_notebooks / "01_data.ipynb"
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[4].source += "\nseed / 0"
     nbformat.write(notebook, path)
+    report.write_json(tmp_path / "run/results/01_data.json", {"of": "an earlier state"})
     with pytest.raises(runner.RunError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
         runner.run(["01_data"], "smoke", {}, tmp_path / "run")
     executed = nbformat.read(tmp_path / "run/01_data.ipynb", as_version=4)
     errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
     assert errors and errors[0].ename == "ZeroDivisionError"
+    assert not (tmp_path / "run/results/01_data.json").exists(), "a verdict on it would be a verdict on the past"
     assert not runner.is_fresh("01_data", runner.settings("smoke", {}), tmp_path / "run")
 
 
