@@ -2,8 +2,9 @@
 
 PROFILE  ?= cpu
 NOTEBOOK ?=
+STUDY    ?=
 PARAMS   ?=
-SEEDS    ?= 0 1 2 3 4 5
+SEEDS    ?= 0 1 2
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.
@@ -19,7 +20,7 @@ READY := $(ENV)/.llmprod-ready
 LLMPROD = $(BIN)/python -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test run smoke verify report bench reference lab lint pin sync clean
+.PHONY: help setup reproduce test run smoke verify report bench reference study lab lint pin sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"1 2 3\""
@@ -58,8 +59,12 @@ report: $(READY)  ## write the report and the generated parts of the READMEs
 bench: $(READY)  ## time training against the plain Trainer, and print ratios
 	$(BIN)/python -m benchmarks.training
 
-reference: $(READY)  ## measure the reference anew over SEEDS; goes on where it stopped
+reference: $(READY)  ## measure the studies and the reference over SEEDS (hours); goes on where it stopped
+	$(LLMPROD) study
 	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS)
+
+study: $(READY)  ## run what is missing of STUDY, or of all (notebooks/studies.yaml)
+	$(LLMPROD) study $(STUDY)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

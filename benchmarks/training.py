@@ -1,7 +1,8 @@
 """Training throughput against the plain Trainer and against padding everything to 128: `make bench`.
 
-Same model, data, batch size and number of steps in one run; each variant is a process of its own, so that peak memory
-is its own, and the variants take turns. Printed are texts per second, ratios, and peak memory.
+Same model and data in one run; each variant is a process of its own, so that peak memory
+is its own, and the variants take turns. Printed are texts per second, ratios, peak memory, and the share of the
+machine's matrix-product peak: 6 FLOP for each weight of a layer and token that is no padding, attention not counted.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 VARIANTS = {
     "padded to 128": "the source text's recipe: every text padded to 128 tokens, float32",
     "plain Trainer": "dynamic padding, batches at random, AdamW, float32: what Trainer does by itself",
-    "llmprod fp32": "batches of similar length, fused AdamW, float32",
-    "llmprod": "the same in the precision of 02_finetune (bfloat16 products where the processor has them)",
+    "llmprod fp32": "02_finetune in float32: token budget, fused AdamW, no dropout, token embeddings left as they are",
+    "llmprod": "the same in its own precision (bfloat16 products where the processor has them)",
 }
 
 
@@ -26,14 +27,16 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
     from datasets import Dataset, disable_progress_bars
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from llmprod import data, finetune, track
+    from llmprod import data, finetune, models, track
 
     disable_progress_bars()
+    track.quiet()
     track.seed_everything(0)
     track.set_threads()
     table = data.clean(data.load(dataset))[0].query("split == 'train'").sample(rows, random_state=0)
     labels = sorted(table["label"].unique())
-    model, tokenizer = finetune.load_classifier("minilm", labels)
+    ours = variant.startswith("llmprod")
+    model, tokenizer = models.load_classifier("minilm", labels, dropout=0.0 if ours else None)
     tokens = Dataset.from_dict(
         {
             **tokenizer(table["text"].tolist(), truncation=True, max_length=128),
@@ -42,30 +45,56 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
     )
     with tempfile.TemporaryDirectory() as folder:
         collate = DataCollatorWithPadding(tokenizer)
-        common = {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": 1e-4,
-            "disable_tqdm": True,
-        }
-        if variant.startswith("llmprod"):
-            precision = "fp32" if variant.endswith("fp32") else "auto"
-            nothing_kept = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-            arguments = finetune.training_arguments(Path(folder), 0, precision, **nothing_kept, **common)
-        else:
-            settings = {"use_cpu": finetune.device_and_precision()[0].type == "cpu", "report_to": "none"}
-            arguments = TrainingArguments(folder, save_strategy="no", **settings, **common)
-            if variant.startswith("padded"):
-                collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
+        if variant.startswith("padded"):
+            collate = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
 
         def train(part) -> float:
-            trainer = Trainer(
-                model=model, args=arguments, train_dataset=part, data_collator=collate, processing_class=tokenizer
-            )
+            if ours:
+                precision = "fp32" if variant.endswith("fp32") else "auto"
+                settings = {"epochs": 1, "learning_rate": 1e-4, "precision": precision, "progress": False}
+                trainer = finetune.trainer(model, tokenizer, part, None, Path(folder), seed=0, **settings)
+            else:
+                arguments = TrainingArguments(
+                    folder,
+                    use_cpu=models.device_and_precision()[0].type == "cpu",
+                    num_train_epochs=1,
+                    per_device_train_batch_size=batch_size,
+                    learning_rate=1e-4,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                )
+                trainer = Trainer(
+                    model=model, args=arguments, train_dataset=part, data_collator=collate, processing_class=tokenizer
+                )
             return trainer.train().metrics["train_samples_per_second"]
 
         train(tokens.select(range(2 * batch_size)))
-        return {"rate": train(tokens), "memory": track.peak_memory_mb()}
+        rate = train(tokens)
+    words = sum(map(len, tokens["input_ids"])) / len(tokens)
+    inner = sum(p.numel() for n, p in model.encoder.encoder.named_parameters() if p.ndim == 2)
+    return {"rate": rate, "memory": track.peak_memory_mb(), "GFLOP/s": rate * words * 6 * inner / 1e9}
+
+
+def gemm_peak() -> dict[str, float]:
+    """The most GFLOP/s that a matrix product of the model's shapes reaches here, by precision; median of 20."""
+    import time
+
+    import torch
+
+    from llmprod import track
+
+    track.set_threads()
+    found = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2048, 384).to(kind), torch.randn(384, 1536).to(kind)
+        times = []
+        for _ in range(25):
+            started = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - started)
+        found[name] = 2 * 2048 * 384 * 1536 / statistics.median(times[5:]) / 1e9
+    return found
 
 
 def main() -> None:
@@ -81,11 +110,13 @@ def main() -> None:
         print(json.dumps(measure(options.variant, options.dataset[0], options.rows, options.batch_size)))
         return
 
-    from llmprod import artifacts, finetune, track
+    from llmprod import artifacts, models, track
 
     track.set_threads()
-    _, precision, reason = finetune.device_and_precision()
+    _, precision, reason = models.device_and_precision()
     print(f"{track.machine()}; precision {precision}: {reason}")
+    peak = gemm_peak()
+    print("GEMM peak, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in peak.items()))
     for dataset in options.dataset:
         try:
             artifacts.fetch(dataset)
@@ -105,13 +136,17 @@ def main() -> None:
                     sys.exit(done.stderr)
                 found[variant].append(json.loads(done.stdout.splitlines()[-1]))
         rates = {variant: statistics.median(turn["rate"] for turn in turns) for variant, turns in found.items()}
-        print(f"{'variant':16}{'texts/s':>9}{'/ padded':>10}{'/ plain':>9}{'peak MB':>9}   spread of texts/s")
+        print(
+            f"{'variant':16}{'texts/s':>9}{'/ padded':>10}{'/ plain':>9}{'peak MB':>9}{'GFLOP/s':>9}{'of GEMM':>9}   spread of texts/s"
+        )
         for variant, turns in found.items():
             rate, each = rates[variant], [turn["rate"] for turn in turns]
             memory = statistics.median(turn["memory"] for turn in turns)
+            useful = statistics.median(turn["GFLOP/s"] for turn in turns)
+            share = useful / peak["bf16" if variant == "llmprod" and precision == "bf16" else "fp32"]
             print(
                 f"{variant:16}{rate:9.1f}{rate / rates['padded to 128']:10.2f}{rate / rates['plain Trainer']:9.2f}"
-                f"{memory:9.0f}   {min(each):.1f} to {max(each):.1f}"
+                f"{memory:9.0f}{useful:9.0f}{share:9.0%}   {min(each):.1f} to {max(each):.1f}"
             )
     print("\n" + "\n".join(f"{variant}: {text}" for variant, text in VARIANTS.items()))
 

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         "report", help="write the report and the generated parts of the READMEs", parents=[with_profile]
     )
     reference = commands.add_parser("reference", help="measure the reference over seeds", parents=[with_profile])
-    reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    command("study", "run what is missing of the studies in notebooks/studies.yaml").add_argument("names", nargs="*")
     command("pin", "write the commit that Colab installs into the notebooks' first cell")
     command("sync", "upload offline W&B runs")
     options = parser.parse_args(arguments)
@@ -110,6 +111,14 @@ def measure_reference(options: argparse.Namespace) -> int:
     return write_report(options)
 
 
+def run_studies(options: argparse.Namespace) -> int:
+    from llmprod import study
+
+    for name in options.names or study.declared():
+        print(f"{name}: {study.run(name)} runs, {len(study.rows(name))} in all")
+    return 0
+
+
 def pin(options: argparse.Namespace) -> int:
     from llmprod import notebooks
 
@@ -131,6 +140,7 @@ COMMANDS = {
     "verify": verify,
     "report": write_report,
     "reference": measure_reference,
+    "study": run_studies,
     "pin": pin,
     "sync": sync,
 }

@@ -1,242 +1,445 @@
-"""Fine-tuning one encoder on one classification task: model, tokens, training arguments, checkpoint, prediction."""
+"""Training: tokens, batches by token budget, the losses against over-fitting, and the Trainer that uses them."""
 
-import os
-import shutil
+import hashlib
+import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import DatasetDict
-from tqdm.auto import tqdm
+import transformers
+from datasets import Dataset, DatasetDict
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
     TrainingArguments,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from llmprod import LLMProdError, artifacts
-
-
-class ModelError(LLMProdError):
-    """A model can't be used as it is."""
+from llmprod import artifacts, evaluate, fewshot, methods, models, track
+from llmprod.models import MeanPoolClassifier, ModelError, device_and_precision
 
 
-def model_folder(model: str) -> Path:
-    """The folder of a model: a registered artifact (fetched if need be) or a local folder with safetensors.
+def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, model: str) -> Dataset:
+    """Token numbers of every text, cut at `max_length`, not padded: a batch is padded when it is put together.
 
-    Raises ModelError where it is neither.
-    """
-    if model in artifacts.registry():
-        if artifacts.entry(model)["kind"] != "model":
-            raise ModelError(f"The artifact '{model}' is data, not a model; models are: {', '.join(models())}.")
-        return artifacts.fetch(model)
-    folder = Path(model).expanduser()
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"'{model}' is neither a known model ({', '.join(models())}) nor a folder with config.json and "
-            "*.safetensors (pickled weights are not loaded)."
-        )
-    return folder
-
-
-def models() -> list[str]:
-    """The names of the registered models."""
-    return [name for name, item in artifacts.registry().items() if item["kind"] == "model"]
-
-
-class MeanPoolClassifier(PreTrainedModel):
-    """A pretrained encoder, the mean over its token vectors, dropout, and one linear layer to the classes.
-
-    Mean pooling is what sentence encoders were trained with (Reimers & Gurevych 2019); the usual classification
-    model of the library reads the first token through a layer that they never used, and learns slower.
+    The work is done once: it is kept beside the splits, by the checksum of the model whose tokenizer this is.
     """
 
-    base_model_prefix = "encoder"
-    _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
+    def cut(batch: dict) -> dict:
+        return tokenizer(batch["text"], truncation=True, max_length=max_length)
 
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.encoder = AutoModel.from_config(config)
-        self.encoder.pooler = None
-        self.dropout = torch.nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    key = hashlib.sha256(f"{artifacts.checksum(model)} {max_length} {part._fingerprint}".encode()).hexdigest()[:32]
+    settings = {"remove_columns": "text", "new_fingerprint": key, "desc": "tokenising"}
+    return part.map(cut, batched=True, **settings).rename_column("label", "labels")
 
-    def forward(
+
+class TokenBudget(Sampler):
+    """Batches of texts of similar length with about `budget` tokens each: as many of them in every epoch.
+
+    Texts are sorted by length after a little noise, so that an epoch's batches are not those of the one before; the
+    sorted row is cut where another share of all tokens is full; the batches come in random order. Little is computed
+    on padding, and short texts come in batches large enough to keep the processor busy.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int | None):
+        self.lengths, self.seed, self.epoch = np.asarray(lengths), seed, 0
+        self.batches = max(1, min(len(self.lengths), round(self.lengths.sum() / budget)))
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.seed is None:  # the order of evaluation: by length, the same each time
+            noise, order = np.zeros(len(self.lengths)), range(self.batches)
+        else:
+            random = np.random.default_rng((self.seed, self.epoch))
+            noise, order = random.uniform(0, 2, len(self.lengths)), random.permutation(self.batches)
+            self.epoch += 1
+        rows = np.argsort(self.lengths * (1 + 0.05 * noise) + noise, kind="stable")
+        share = np.cumsum(self.lengths[rows]) - self.lengths[rows] / 2
+        number = np.minimum((share / self.lengths.sum() * self.batches).astype(int), self.batches - 1)
+        batches = np.split(rows, np.flatnonzero(np.diff(number)) + 1)
+        yield from (batches[i].tolist() for i in order if i < len(batches))
+
+
+class Collator(DataCollatorWithPadding):
+    """Pads a batch; in training each text is changed with probability `augment` (see `edit`)."""
+
+    augment: float = 0.0
+
+    def __call__(self, examples: list[dict]) -> dict:
+        """A padded batch."""
+        if self.augment:
+            examples = [edit(example) if torch.rand(()) < self.augment else example for example in examples]
+        return super().__call__(examples)
+
+
+def edit(example: dict, share: float = 0.1) -> dict:
+    """A text with a tenth of its tokens left out and two neighbours swapped, its first and last token kept.
+
+    Random deletion and swap of Easy Data Augmentation (Wei & Zou 2019), on tokens.
+    """
+    first, *inner, last = example["input_ids"]
+    inner = [token for token in inner if torch.rand(()) >= share] or inner
+    if len(inner) > 1:
+        i = int(torch.randint(len(inner) - 1, ()))
+        inner[i], inner[i + 1] = inner[i + 1], inner[i]
+    ids = [first, *inner, last]
+    return {
+        name: value[: len(ids)] if isinstance(value, list) and name != "labels" else value
+        for name, value in example.items()
+    } | {"input_ids": ids}
+
+
+class Trainer(transformers.Trainer):
+    """The library's Trainer with our batches and learning rates, and the losses against over-fitting.
+
+    Args (beside the library's own):
+        batch_tokens: tokens in a batch
+        label_smoothing: share of belief that is spread evenly over the classes (Szegedy et al. 2016)
+        r_drop: weight of the symmetric divergence between two dropout passes (R-Drop, Liang et al. 2021)
+        adversarial: length of a step against the gradient on a text's embeddings; the loss after it is added
+            (FGM, Miyato et al. 2017)
+        contrastive: weight of the supervised contrastive loss on the text vectors (Khosla et al. 2020)
+        layer_decay: factor on the learning rate from each layer to the one below it (Howard & Ruder 2018)
+    """
+
+    def __init__(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Logits of shape (texts, classes) and, where there are labels, the mean cross-entropy loss."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        logits = self.classifier(self.dropout(mean_over_tokens(hidden, attention_mask)))
-        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        *,
+        batch_tokens: int,
+        label_smoothing: float = 0.0,
+        r_drop: float = 0.0,
+        adversarial: float = 0.0,
+        contrastive: float = 0.0,
+        layer_decay: float = 1.0,
+        **settings: object,
+    ):
+        super().__init__(**settings)
+        self.batch_tokens, self.label_smoothing, self.r_drop = batch_tokens, label_smoothing, r_drop
+        self.adversarial, self.contrastive, self.layer_decay = adversarial, contrastive, layer_decay
+        self.model_accepts_loss_kwargs = False
+        if adversarial:
+            self.embedded, self.shift = None, None
+            embeddings = self.model.encoder.get_submodule(embeddings_of(self.model))
+            embeddings.register_forward_hook(self.perturb)
+
+    def loader(self, dataset: Dataset, budget: int, seed: int | None, collator: object) -> DataLoader:
+        """Batches of a tokenised data set by token budget."""
+        columns = [c for c in ("input_ids", "token_type_ids", "attention_mask", "labels") if c in dataset.column_names]
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        batches = TokenBudget(lengths, budget, seed)
+        return self.accelerator.prepare(
+            DataLoader(dataset.select_columns(columns), batch_sampler=batches, collate_fn=collator)
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Training batches: another mix in every epoch."""
+        return self.loader(self.train_dataset, self.batch_tokens, self.args.seed, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Validation batches, in length order; labels come with them, so that the order does not matter."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.loader(dataset, 2 * self.batch_tokens, None, DataCollatorWithPadding(self.processing_class))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the trained weights: no decay on biases and norms, lower layers slower where asked for."""
+        decayed, groups = set(self.get_decay_parameter_names(self.model)), {}
+        layers = self.model.config.num_hidden_layers
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                found = re.search(r"layer\.(\d+)\.", name)
+                depth = 0 if name.startswith("classifier") else layers - int(found[1]) if found else layers + 1
+                groups.setdefault((depth, name in decayed), []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * self.layer_decay**depth,
+                    "weight_decay": self.args.weight_decay if with_decay else 0.0,
+                }
+                for (depth, with_decay), parameters in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy, and what was asked for beside it; in evaluation cross-entropy alone."""
+        labels = inputs["labels"]
+        texts = {name: value for name, value in inputs.items() if name != "labels"}
+        if not model.training:
+            outputs = model(**texts)
+            loss = cross_entropy(outputs.logits.float(), labels)
+            return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+        if self.r_drop:
+            texts = {name: torch.cat([value, value]) for name, value in texts.items()}
+            labels = torch.cat([labels, labels])
+        outputs = model(**texts)
+        logits = outputs.logits.float()
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing) + methods.orthogonality(model)
+        if self.r_drop:
+            p, q = log_softmax(logits, dim=-1).chunk(2)
+            both = kl_div(p, q, log_target=True, reduction="batchmean") + kl_div(
+                q, p, log_target=True, reduction="batchmean"
+            )
+            loss = loss + self.r_drop * both / 2
+        if self.contrastive:
+            loss = loss + self.contrastive * supervised_contrastive(outputs.vectors, labels)
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One forward and backward pass; with FGM a second one, at the embeddings shifted against the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.adversarial:
+            gradient = self.embedded.grad
+            length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
+            self.shift = self.adversarial * gradient / length
+            try:
+                super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                self.shift = None
+        return loss
+
+    def perturb(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+        """Hook behind the embeddings: keeps their gradient in the first pass, shifts them in the second."""
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        if self.shift is not None:
+            return output + self.shift
+        self.embedded = output if output.requires_grad else output.requires_grad_()
+        self.embedded.retain_grad()
+        return self.embedded
 
 
-def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean of token vectors (texts, tokens, dimensions) over the tokens that are no padding, in float32."""
-    mask = attention_mask.unsqueeze(-1)
-    return (hidden.float() * mask).sum(1) / mask.sum(1)
+def embeddings_of(model: MeanPoolClassifier) -> str:
+    """Where the embedding layer stands in the encoder, wrapped by peft or not."""
+    return next(name for name, _ in model.encoder.named_modules() if name.split(".")[-1] == "embeddings")
 
 
-def load_classifier(model: str, labels: Sequence[str]) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
-    """The pretrained encoder with a new classification head of one output a label, and its tokenizer."""
-    folder = model_folder(model)
-    names = dict(enumerate(labels))
-    config = AutoConfig.from_pretrained(folder, id2label=names, label2id={label: k for k, label in names.items()})
-    return load_checkpoint(folder, config)
+def supervised_contrastive(vectors: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """Texts of one class should be nearer to each other than to all others of the batch.
+
+    The loss L_out of Khosla et al. (2020), equation 2, over the texts that have another one of their class in the
+    batch; 0 where none has.
+    """
+    vectors = normalize(vectors.float(), dim=-1)
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    log_share = (vectors @ vectors.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=-1)
+    positive = (labels[:, None] == labels[None]) & ~itself
+    has = positive.any(dim=1)
+    if not has.any():
+        return vectors.sum() * 0
+    return -(log_share.masked_fill(~positive, 0).sum(1)[has] / positive.sum(1)[has]).mean()
 
 
-def load_checkpoint(
-    folder: Path, config: PreTrainedConfig | None = None
-) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
-    """A classifier and its tokenizer, as `save_checkpoint` wrote them."""
-    config = config or AutoConfig.from_pretrained(folder)
-    classifier = MeanPoolClassifier.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
-    return classifier, AutoTokenizer.from_pretrained(folder)
+class AllocateRanks(TrainerCallback):
+    """Calls AdaLoRA's re-allocation of ranks after every step, before the gradients are cleared."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """The library's hook."""
+        methods.allocate_ranks(model, state.global_step)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Writes model (safetensors), tokenizer and model card into a folder; whole or not at all."""
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+class KeepBest(TrainerCallback):
+    """Keeps the trained weights of the epoch with the best validation accuracy, and puts them back at the end."""
+
+    best, weights = -1.0, None
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        """The library's hook."""
+        if metrics["eval_accuracy"] > self.best:
+            self.best, self.weights = metrics["eval_accuracy"], methods.trained_state(model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        """The library's hook."""
+        model.load_state_dict(self.weights, strict=False)
 
 
-def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, str]:
-    """Where to compute and in what number format, and why.
+def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
+    """What is measured on validation after every epoch."""
+    predictions = outputs.predictions.argmax(axis=-1)
+    return {
+        "accuracy": evaluate.accuracy(outputs.label_ids, predictions),
+        "macro_f1": evaluate.macro_f1(outputs.label_ids, predictions),
+    }
+
+
+def trainer(
+    classifier: MeanPoolClassifier,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    folder: Path,
+    *,
+    seed: int,
+    method: str = "full",
+    epochs: float = 4,
+    patience: int = 2,
+    batch_tokens: int = 2048,
+    learning_rate: float = 2e-4,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    embeddings: bool = False,
+    label_smoothing: float = 0.0,
+    r_drop: float = 0.0,
+    adversarial: float = 0.0,
+    contrastive: float = 0.0,
+    layer_decay: float = 1.0,
+    augment: float = 0.0,
+    precision: str = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> Trainer:
+    """A Trainer that is ready to train a classifier with a method, in place.
+
+    After every epoch it looks at `validation`, stops when accuracy has not risen for `patience` epochs, and keeps the
+    best epoch; where there is no validation set it trains all `epochs`. The other arguments are those of
+    `02_finetune` and of `Trainer`. Raises ModelError for a setting that can have no effect.
+    """
+    if r_drop and not classifier.config.hidden_dropout_prob:
+        raise ModelError("r_drop compares two dropout passes; set dropout above 0, for example 0.1.")
+    device, precision, _ = device_and_precision(precision)
+    judged = validation is not None
+    batches = len(TokenBudget([len(ids) for ids in train["input_ids"]], batch_tokens, None))
+    steps = max(1, round(batches * epochs))
+    methods.prepare(classifier, method, steps, embeddings)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        warmup_steps=warmup,  # a share, where it is below 1
+        weight_decay=weight_decay,
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        optim="adamw_torch_fused",
+        eval_strategy="epoch" if judged else "no",
+        save_strategy="no",
+        metric_for_best_model="accuracy",
+        report_to="none",
+        disable_tqdm=not progress,
+        dataloader_pin_memory=device.type == "cuda",
+        logging_steps=10,
+        logging_first_step=True,
+    )
+    made = Trainer(
+        model=classifier,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator(tokenizer, augment),
+        processing_class=tokenizer,
+        compute_metrics=scores,
+        callbacks=[AllocateRanks(), *([KeepBest(), EarlyStoppingCallback(patience)] if judged else []), *callbacks],
+        batch_tokens=batch_tokens,
+        label_smoothing=label_smoothing,
+        r_drop=r_drop,
+        adversarial=adversarial,
+        contrastive=contrastive,
+        layer_decay=layer_decay,
+    )
+    if not progress:
+        made.remove_callback(PrinterCallback)
+    return made
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, augment: float) -> Collator:
+    """The collator of training batches."""
+    made = Collator(tokenizer)
+    made.augment = augment
+    return made
+
+
+@dataclass
+class Learnt:
+    """What `learn` gives: the classifier on its device, its tokenizer, the Trainer, what it took."""
+
+    classifier: MeanPoolClassifier
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    trained_parameters: int
+    seconds: float
+    texts_per_second: float
+
+
+def learn(
+    splits: DatasetDict,
+    labels: Sequence[str],
+    folder: Path,
+    *,
+    model: str = "minilm",
+    max_length: int = 128,
+    shots: int = 0,
+    strategy: str = "plain",
+    student_epochs: float = 2,
+    dropout: float = 0.0,
+    seed: int,
+    judged: bool | None = None,
+    **training: object,
+) -> Learnt:
+    """Fine-tunes a pretrained model on the training split, or on `shots` texts of each class of it.
 
     Args:
-        precision: "fp32", "bf16" (matrix products in bfloat16, weights and everything else in float32), or "auto":
-            bf16 where the processor has instructions for it
+        splits: `train` and `validation` with `text` and `label`
+        labels: the class names
+        folder: the Trainer's output folder
+        model, max_length, dropout: see `models.load_classifier` and `tokenize`
+        shots: labelled texts of each class; 0 for all
+        strategy: "plain" (a new linear head), "prototypes" (class vectors set from names and texts, then trained),
+            "contrastive" (pairs first, then prototypes), "self-training" (a prototypes teacher labels the training
+            texts that were not chosen, and a new model learns from both for `student_epochs`)
+        judged: whether validation is looked at after every epoch, and the best one kept; None: only where `shots` is 0,
+            since with few labels it would hold more of them than training does
+        training: see `trainer`
 
-    Returns device, precision and the reason for the two, for people to read.
+    Raises ModelError for an unknown strategy, and for self-training without unlabelled texts.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ModelError(f"precision is '{precision}'; use 'auto', 'fp32' or 'bf16'.")
-    if torch.cuda.is_available():
-        device, name, has_bf16 = torch.device("cuda"), torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
-    elif torch.backends.mps.is_available():
-        device, name, has_bf16 = torch.device("mps"), "Apple GPU", False
-    else:
-        can = torch.cpu.get_capabilities()
-        has_bf16 = bool(can.get("avx512_bf16") or can.get("amx_bf16"))
-        device, name = (
-            torch.device("cpu"),
-            f"{can.get('cpu_name') or can.get('architecture')}, {torch.get_num_threads()} threads",
+    if strategy not in fewshot.STRATEGIES:
+        raise ModelError(f"strategy is '{strategy}'; use one of {', '.join(fewshot.STRATEGIES)}.")
+    if strategy == "self-training" and not shots:
+        raise ModelError("self-training needs texts without labels: set shots, and the other texts are used as such.")
+    started = time.perf_counter()
+    chosen, others = fewshot.choose(splits["train"], shots, seed)
+    precision = training.get("precision", "auto")
+
+    def fresh() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+        track.seed_everything(seed)
+        made, its_tokenizer = models.load_classifier(
+            model, labels, dropout, "linear" if strategy == "plain" else "cosine"
         )
-    if precision == "auto":
-        reason = "has" if has_bf16 else "lacks"
-        return device, "bf16" if has_bf16 else "fp32", f"{name}; it {reason} instructions for bfloat16"
-    return device, precision, f"{name}; {precision} was asked for"
+        its_tokenizer.model_max_length = max_length
+        return made, its_tokenizer
 
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which a forward pass uses the precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def tokenize(splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """Token numbers of every text, cut at `max_length`, not padded: a batch is padded when it is put together."""
-    return splits.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
-        batched=True,
-        remove_columns="text",
-        desc="tokenising",
-    ).rename_column("label", "labels")
-
-
-def training_arguments(folder: Path, seed: int, precision: str = "auto", **settings: object) -> TrainingArguments:
-    """The Trainer's arguments that do not depend on the experiment; `settings` are those that do.
-
-    Batches hold texts of similar length, so that little is computed on padding; AdamW is fused; the best epoch on
-    validation is kept; progress goes to our own tracking (`track.callback`).
-    """
-    device, precision, _ = device_and_precision(precision)
-    defaults = {
-        "output_dir": str(folder),
-        "seed": seed,
-        "use_cpu": device.type == "cpu",
-        "bf16": precision == "bf16",
-        "train_sampling_strategy": "group_by_length",
-        "optim": "adamw_torch_fused",
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "save_only_model": True,
-        "load_best_model_at_end": True,
-        "report_to": "none",
-        "disable_tqdm": False,
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-    return TrainingArguments(**defaults | settings)
-
-
-def in_length_order(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, desc: str
-) -> Iterator[tuple[np.ndarray, dict]]:
-    """Batches of texts of similar length, longest first: (their positions in `texts`, padded tensors)."""
-    tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    order = np.argsort([-len(t) for t in tokens], kind="stable")
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) == 1):
-        rows = order[start : start + batch_size]
-        yield rows, tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
-
-
-@torch.inference_mode()
-def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int = 64,
-    precision: str = "auto",
-) -> np.ndarray:
-    """The classifier's logits, shape (texts, classes), float32, in the order of the texts.
-
-    Texts are cut at the tokenizer's `model_max_length`, which a checkpoint of ours keeps from its training.
-    """
-    device, precision, _ = device_and_precision(precision)
-    model.to(device).eval()
-    logits = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
-    for rows, batch in in_length_order(texts, tokenizer, tokenizer.model_max_length, batch_size, "predicting"):
-        with autocast(device, precision):
-            logits[rows] = model(**batch.to(device)).logits.float().cpu().numpy()
-    return logits
-
-
-@torch.inference_mode()
-def embed(
-    model: str, texts: Sequence[str], max_length: int = 128, batch_size: int = 64, precision: str = "auto"
-) -> np.ndarray:
-    """Sentence vectors of the pretrained encoder as it is: the mean over tokens, of length 1.
-
-    Shape (texts, hidden size), float32. Mean pooling as in Sentence-BERT (Reimers & Gurevych 2019).
-    """
-    folder = model_folder(model)
-    device, precision, _ = device_and_precision(precision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
-    vectors = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
-    for rows, batch in in_length_order(texts, tokenizer, max_length, batch_size, "embedding"):
-        batch = batch.to(device)
-        with autocast(device, precision):
-            hidden = encoder(**batch).last_hidden_state
-        mean = mean_over_tokens(hidden, batch["attention_mask"])
-        vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-    return vectors
+    classifier, tokenizer = fresh()
+    train = tokenize(chosen, tokenizer, max_length, model)
+    judged = not shots if judged is None else judged
+    validation = None if not judged else tokenize(splits["validation"], tokenizer, max_length, model)
+    if strategy == "contrastive":
+        fewshot.contrast(classifier, tokenizer, chosen["text"], chosen["label"], str(folder), seed, precision=precision)
+    if strategy != "plain":
+        fewshot.set_prototypes(classifier, tokenizer, chosen["text"], chosen["label"], precision)
+    teaching = training | ({"callbacks": ()} if strategy == "self-training" else {})  # what is tracked is the student
+    made = trainer(classifier, tokenizer, train, validation, folder, seed=seed, **teaching)
+    outcome = made.train()
+    if strategy == "self-training":
+        logits = models.predict(classifier, tokenizer, others["text"], precision=precision)
+        unlabelled = tokenize(others, tokenizer, max_length, model)
+        train = fewshot.pseudo_labelled(logits, train, unlabelled)
+        classifier, tokenizer = fresh()
+        texts, guesses = [*chosen["text"], *others["text"]], [*chosen["label"], *logits.argmax(axis=1)]
+        fewshot.set_prototypes(classifier, tokenizer, texts, guesses, precision)
+        made = trainer(classifier, tokenizer, train, None, folder, seed=seed, **training | {"epochs": student_epochs})
+        outcome = made.train()
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    passed = len(made.train_dataset) * outcome.metrics["epoch"]  # the epochs that were run, not those that were allowed
+    rate = passed / outcome.metrics["train_runtime"]
+    return Learnt(classifier, tokenizer, made, trained, time.perf_counter() - started, rate)

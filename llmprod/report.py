@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict:
 def record(
     run: track.Run,
     scores: Mapping[str, float],
-    n: int,
+    n: int | Mapping[str, int],
     counts: Mapping[str, int] | None = None,
     speeds: Mapping[str, float] | None = None,
     checksums: Mapping[str, str] | None = None,
@@ -62,7 +62,7 @@ def record(
     Args:
         run: what `track.start` gave
         scores: shares and means over test texts, judged with a tolerance measured over seeds
-        n: the number of texts behind the scores
+        n: the number of texts behind the scores; or by the name of a score, "" for all others
         counts: whole numbers, judged likewise
         speeds: what depends on the machine; shown, never judged
         checksums: name -> fingerprint of data and model
@@ -74,7 +74,8 @@ def record(
     protocol = {name: value for name, value in run.parameters.items() if name not in NOT_PROTOCOL} | checksums
     for upstream in pipeline()[run.notebook]["needs"]:
         protocol[upstream] = read_json(run.folder / "results" / f"{upstream}.json")["protocol"]
-    metrics = {name: {"value": float(value), "n": n} for name, value in scores.items()}
+    numbers = n if isinstance(n, Mapping) else {"": n}
+    metrics = {name: {"value": float(value), "n": numbers.get(name, numbers[""])} for name, value in scores.items()}
     metrics |= {name: {"value": int(value)} for name, value in counts.items()}
     speeds = {**speeds, "peak memory, MB": track.peak_memory_mb()}
     result = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from llmprod import LLMProdError, artifacts, finetune, paths, report, track
+from llmprod import LLMProdError, artifacts, models, paths, report, track
 
 
 class RunError(LLMProdError):
@@ -201,7 +201,7 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
         ) from None
     recorded = report.read_json(result)
     asked = (declared(notebook) | injected[notebook]).get("precision", "auto")
-    device, precision, reason = finetune.device_and_precision(asked)
+    device, precision, reason = models.device_and_precision(asked)
     provenance = {
         "source": source_hash(notebook),
         "parameters": injected[notebook],

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import transformers
 
-from llmprod import LLMProdError, finetune, paths
+from llmprod import LLMProdError, models, paths
 
 SHOWN = ("torch", "transformers", "datasets", "scikit-learn", "pandas", "numpy")
 KINDS = (str, int, float, bool, type(None))
@@ -124,12 +124,17 @@ def start(notebook: str, cell: Mapping[str, object]) -> Run:
     seed_everything(parameters["seed"])
     set_threads()
     style()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading weights, which takes no time; training keeps its own
-    device, precision, reason = finetune.device_and_precision(parameters.get("precision", "auto"))
+    quiet()
+    device, precision, reason = models.device_and_precision(parameters.get("precision", "auto"))
     print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions(SHOWN).items()))
     print(f"device {device.type}, precision {precision}: {reason}")
     return Run(notebook, parameters)
+
+
+def quiet() -> None:
+    """No warnings and bars of loading weights, which takes no time; training keeps its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def set_threads() -> None:

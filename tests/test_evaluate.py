@@ -50,3 +50,63 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
         low, high = evaluate.bootstrap_interval(lambda a, b: (a == b).mean(), y, p, resamples=200, seed=trial)
         covered += low <= 0.8 <= high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_summary_is_the_single_metrics():
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    found = evaluate.summary(np.array([0, 1, 0]), probabilities)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["log loss, nats"] == pytest.approx(-np.log([0.7, 0.8, 0.3]).mean())
+
+
+def test_mcnemar_by_hand():
+    labels = np.zeros(10, dtype=int)
+    one, other = labels.copy(), labels.copy()
+    other[:5] = 1  # only one is right on five texts, never the other way round: two-sided p = 2 / 2^5
+    assert evaluate.mcnemar(labels, one, other) == (5, 0, pytest.approx(2 / 32))
+    assert evaluate.mcnemar(labels, one, one) == (0, 0, 1.0)
+
+
+def test_paired_bootstrap_knows_a_real_difference_from_none():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 400)
+    good, worse = labels.copy(), labels.copy()
+    good[:20] = (good[:20] + 1) % 3
+    worse[:80] = (worse[:80] + 1) % 3
+    gain, low, high = evaluate.paired_bootstrap(evaluate.accuracy, labels, good, worse)
+    assert gain == pytest.approx(60 / 400) and 0 < low < gain < high
+    assert evaluate.paired_bootstrap(evaluate.accuracy, labels, good, good) == (0, 0, 0)
+
+
+def test_selective_accuracy_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.45, 0.55]])
+    table = evaluate.selective(np.array([0, 1, 1, 1]), probabilities)  # the third most confident is wrong
+    assert table["coverage"].tolist() == [0.25, 0.5, 0.75, 1]
+    assert table["accuracy"].tolist() == pytest.approx([1, 1, 2 / 3, 3 / 4])
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_temperature_finds_what_logits_were_multiplied_with(true):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(20000, 4)) * 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = (probabilities.cumsum(axis=1) < random.random((20000, 1))).sum(axis=1)
+    assert evaluate.temperature(labels, true * logits) == pytest.approx(true, rel=0.05)
+
+
+def test_foreign_scores_are_their_formulas():
+    logits = np.array([[2.0, 0.0], [0.0, 0.0]])
+    assert evaluate.maximum_softmax(logits) == pytest.approx([-np.exp(2) / (np.exp(2) + 1), -0.5])
+    assert evaluate.energy(logits) == pytest.approx([-np.log(np.exp(2) + 1), -np.log(2)])
+    random = np.random.default_rng(0)
+    train = np.concatenate([random.normal(0, 1, (500, 2)), random.normal([10, 0], 1, (500, 2))])
+    near = evaluate.mahalanobis(np.array([[0.0, 0.0], [10.0, 0.0], [5.0, 0.0]]), train, np.repeat([0, 1], 500))
+    assert near[:2] == pytest.approx([0, 0], abs=0.05) and near[2] == pytest.approx(25, rel=0.1)
+
+
+def test_detection_by_hand():
+    known, foreign = np.arange(100.0), np.array([98.0, 200.0, 300.0, 50.0])
+    found = evaluate.detection(known, foreign)
+    # 98 beats 98 known ones and ties with one, 50 beats 50 and ties with one, the others beat all
+    assert found["AUROC"] == pytest.approx((98.5 + 100 + 100 + 50.5) / 400)
+    assert found["FPR at 95 %"] == pytest.approx(1 / 4)

@@ -1,21 +1,24 @@
-"""Fine-tuning with the real pretrained model on real texts."""
+"""Training with the real pretrained model on real texts: batches, losses, methods, few labels."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict, disable_progress_bars
-from safetensors.torch import load_file
-from transformers import DataCollatorWithPadding, Trainer
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmprod import artifacts, data, finetune, track
+from llmprod import data, fewshot, finetune, methods, models, track
 
-TEXTS = [
-    "oil prices rose after the opec meeting",
-    "the company said its net profit rose to mln dlrs in the fourth quarter from mln dlrs a year ago",
-    "crude oil futures climbed",
-    "a",
-    "wheat " * 300,
-]
+FAST = {
+    "epochs": 1,
+    "learning_rate": 3e-4,
+    "max_length": 32,
+    "batch_tokens": 512,
+    "precision": "fp32",
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,116 +30,240 @@ def small(tmp_path_factory):
     return data.prepared(folder)[:2]
 
 
-def fit(small, folder, seed: int, rows: int = 160, **settings):
-    """A short training run; returns the trained model and its tokenizer."""
-    disable_progress_bars()
+def learn(small, folder, seed=0, **changes) -> finetune.Learnt:
+    """A short training run."""
     splits, labels = small
-    track.seed_everything(seed)
-    model, tokenizer = finetune.load_classifier("minilm", labels)
-    part = DatasetDict(train=splits["train"].select(range(rows)), validation=splits["validation"].select(range(32)))
-    tokens = finetune.tokenize(part, tokenizer, 32)
-    arguments = finetune.training_arguments(
-        folder,
-        seed,
-        **{"precision": "fp32", "num_train_epochs": 1, "learning_rate": 3e-4, "disable_tqdm": True} | settings,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=tokens["train"],
-        eval_dataset=tokens["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    tokenizer.model_max_length = 32
-    return trainer.model, tokenizer
+    return finetune.learn(splits, labels, folder, seed=seed, **FAST | changes)
+
+
+def accuracy(learnt: finetune.Learnt, part: Dataset) -> float:
+    """On a split."""
+    logits = models.predict(learnt.classifier, learnt.tokenizer, list(part["text"]), precision="fp32")
+    return float((logits.argmax(axis=1) == np.array(part["label"])).mean())
+
+
+def majority(part: Dataset) -> float:
+    """What the largest class alone would score."""
+    return float(np.bincount(part["label"]).max() / len(part))
 
 
 def test_two_runs_give_equal_weights_and_another_seed_does_not(small, tmp_path):
-    one, two, other = (fit(small, tmp_path / str(i), seed)[0].state_dict() for i, seed in enumerate((0, 0, 1)))
+    one, two, other = (learn(small, tmp_path, seed, shots=5).classifier.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_learns_and_the_checkpoint_predicts_the_same(small, tmp_path):
+RATES = {"full": 3e-4, "head": 3e-2, "lora": 3e-3, "adalora": 5e-3, "prefix": 5e-2, "adapter": 3e-3, "ia3": 2e-2}
+RATES["bitfit"] = 5e-3
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_trains_what_it_says_and_learns(method, small, tmp_path):
     splits, labels = small
-    model, tokenizer = fit(small, tmp_path / "trainer", seed=0, rows=len(splits["train"]), num_train_epochs=4)
-    texts, y = list(splits["test"]["text"]), np.array(splits["test"]["label"])
-    logits = finetune.predict(model, tokenizer, texts, precision="fp32")
-    majority = np.bincount(y).max() / len(y)
-    assert (logits.argmax(axis=1) == y).mean() > majority + 0.15
-
-    finetune.save_checkpoint(model, tokenizer, tmp_path / "checkpoint", "# card")
-    again, its_tokenizer = finetune.load_checkpoint(tmp_path / "checkpoint")
-    assert its_tokenizer.model_max_length == 32
-    assert list(again.config.id2label.values()) == labels
-    np.testing.assert_array_equal(finetune.predict(again, its_tokenizer, texts, precision="fp32"), logits)
-    assert load_file(tmp_path / "checkpoint/model.safetensors"), "the weights are safetensors"
-    assert not [p for p in (tmp_path / "checkpoint").iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
-
-
-def test_predictions_do_not_depend_on_batch_or_order():
-    model, tokenizer = finetune.load_classifier("minilm", ["a", "b", "c"])
-    tokenizer.model_max_length = 64
-    together = finetune.predict(model, tokenizer, TEXTS, precision="fp32")
-    alone = np.concatenate([finetune.predict(model, tokenizer, [text], precision="fp32") for text in TEXTS])
-    backwards = finetune.predict(model, tokenizer, TEXTS[::-1], batch_size=2, precision="fp32")[::-1]
-    np.testing.assert_allclose(together, alone, atol=1e-4)
-    np.testing.assert_allclose(together, backwards, atol=1e-4)
+    before = dict(models.load_classifier("minilm", labels)[0].named_parameters())
+    learnt = learn(small, tmp_path, method=method, learning_rate=RATES[method], epochs=4)
+    assert accuracy(learnt, splits["test"]) > majority(splits["test"]) + 0.08
+    trained = methods.trained_state(learnt.classifier)
+    assert sum(w.numel() for w in trained.values()) == learnt.trained_parameters
+    whole = sum(p.numel() for p in before.values())
+    assert learnt.trained_parameters < (0.5 if method == "full" else 0.03) * whole
+    after = {
+        re.sub(r"base_model\.(model\.)?|base_layer\.|(?<=dense\.)0\.", "", n): p
+        for n, p in learnt.classifier.named_parameters()
+        if not p.requires_grad
+    }
+    frozen = [name for name in before if name in after]
+    assert len(frozen) > 3 and all(torch.equal(before[name], after[name]) for name in frozen), "frozen weights stay"
 
 
-def test_bf16_changes_logits_little():
-    model, tokenizer = finetune.load_classifier("minilm", ["a", "b", "c"])
-    tokenizer.model_max_length = 64
-    exact, rough = (finetune.predict(model, tokenizer, TEXTS, precision=p) for p in ("fp32", "bf16"))
-    assert 0 < np.abs(exact - rough).max() < 0.05
+def test_adalora_moves_its_ranks_to_the_budget(small, tmp_path):
+    ranks = methods.ranks(learn(small, tmp_path, method="adalora", learning_rate=5e-3, epochs=2).classifier)
+    assert ranks.shape == (6, 6) and ranks.to_numpy().max() <= 12
+    assert ranks.to_numpy().mean() == pytest.approx(8, abs=0.2) and ranks.to_numpy().std() > 0
 
 
-def test_embeddings_are_those_of_sentence_bert():
-    """Mean over tokens, of length 1, and near for texts that mean the same."""
-    vectors = finetune.embed("minilm", TEXTS, max_length=64, precision="fp32")
-    assert vectors.shape == (5, 384)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    similar = vectors @ vectors.T
-    assert similar[0, 2] > 0.4 > 0.3 > similar[0, 1]
-
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = artifacts.fetch("minilm")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        hidden = model(**tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state[0].mean(0)
-    np.testing.assert_allclose(vectors[0], hidden / hidden.norm(), atol=1e-5)
+def test_adaloras_penalty_is_zero_for_orthogonal_factors():
+    model, _ = models.load_classifier("minilm", ["a", "b"])
+    assert methods.orthogonality(model) == 0
+    methods.prepare(model, "adalora", steps=100)
+    assert methods.orthogonality(model) > 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_(torch.eye(*parameter.shape))
+    assert methods.orthogonality(model).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_batches_of_similar_length_pad_less(small):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label_smoothing": 0.1},
+        {"r_drop": 1.0, "dropout": 0.1},
+        {"adversarial": 1.0},
+        {"adversarial": 1.0, "method": "lora", "learning_rate": 3e-3},
+        {"contrastive": 0.5},
+        {"augment": 0.5},
+        {"layer_decay": 0.5},
+        {"embeddings": True},
+    ],
+    ids=str,
+)
+def test_every_measure_against_over_fitting_changes_training_and_still_learns(change, small, tmp_path):
+    splits, _ = small
+    plain = learn(small, tmp_path, shots=8, epochs=3, **{k: v for k, v in change.items() if k in FAST or k == "method"})
+    other = learn(small, tmp_path, shots=8, epochs=3, **change)
+    assert not torch.equal(plain.classifier.classifier.weight, other.classifier.classifier.weight)
+    assert accuracy(other, splits["test"]) > 0.5
+
+
+def test_an_adversarial_step_raises_the_loss(small, tmp_path):
+    """The shift has the length asked for, and the loss at the shifted text is higher than at the text."""
     splits, labels = small
-    _, tokenizer = finetune.load_classifier("minilm", labels)
-    tokens = finetune.tokenize(splits, tokenizer, 128)["train"]
-    lengths = [len(ids) for ids in tokens["input_ids"]]
-    assert max(lengths) <= 128
-    batches = list(finetune.in_length_order(list(splits["train"]["text"]), tokenizer, 128, 16, "test"))
-    padded = sum(batch["input_ids"].numel() for _, batch in batches)
-    in_given_order = sum(16 * max(lengths[i : i + 16]) for i in range(0, len(lengths), 16))
-    assert sum(lengths) <= padded < 1.1 * sum(lengths) < in_given_order
-    assert sorted(row for rows, _ in batches for row in rows) == list(range(len(lengths)))
+    track.seed_everything(0)
+    model, tokenizer = models.load_classifier("minilm", labels, dropout=0.0)
+    train = finetune.tokenize(splits["train"], tokenizer, 32, "minilm")
+    made = finetune.trainer(
+        model, tokenizer, train, None, tmp_path, seed=0, adversarial=3.0, batch_tokens=512, precision="fp32"
+    )
+    batch = next(iter(made.get_train_dataloader()))
+    model.train()
+    losses, shifts, compute = [], [], made.compute_loss
+
+    def record(model, inputs, **more):
+        losses.append(compute(model, inputs, **more))
+        shifts.append(made.shift)
+        return losses[-1]
+
+    made.compute_loss = record
+    made.create_optimizer()
+    made.current_gradient_accumulation_steps = 1  # what train() sets
+    made.training_step(model, batch)
+    assert shifts[0] is None and losses[1] > losses[0]
+    torch.testing.assert_close(shifts[1].flatten(1).norm(dim=1), torch.full((len(shifts[1]),), 3.0))
 
 
-def test_a_model_must_be_known_and_in_safetensors(tmp_path):
-    with pytest.raises(finetune.ModelError, match="minilm"):
-        finetune.model_folder("no-such-model")
-    with pytest.raises(finetune.ModelError, match="is data, not a model"):
-        finetune.model_folder("reuters-r8")
-    (tmp_path / "config.json").write_text("{}")
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(finetune.ModelError, match="pickled weights are not loaded"):
-        finetune.model_folder(str(tmp_path))
+def test_supervised_contrastive_loss_by_hand():
+    vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 1])
+    # of the first two, the other one has cosine 1 against 0: -log(e^10 / (e^10 + 1)); the third has no partner
+    expected = -np.log(np.exp(10) / (np.exp(10) + 1))
+    assert finetune.supervised_contrastive(vectors, labels).item() == pytest.approx(expected, rel=1e-3)
+    assert finetune.supervised_contrastive(vectors, torch.tensor([0, 1, 2])).item() == 0
 
 
-def test_precision_is_chosen_with_a_reason():
-    _, precision, reason = finetune.device_and_precision("auto")
-    assert precision in ("fp32", "bf16") and "bfloat16" in reason
-    assert finetune.device_and_precision("fp32")[1] == "fp32"
-    with pytest.raises(finetune.ModelError, match="'auto', 'fp32' or 'bf16'"):
-        finetune.device_and_precision("int8")
+def test_lower_layers_learn_slower(small, tmp_path):
+    splits, labels = small
+    model, tokenizer = models.load_classifier("minilm", labels)
+    train = finetune.tokenize(splits["train"], tokenizer, 32, "minilm")
+    made = finetune.trainer(
+        model, tokenizer, train, None, tmp_path, seed=0, layer_decay=0.5, learning_rate=1e-3, precision="fp32"
+    )
+    rates = {id(p): group["lr"] for group in made.create_optimizer().param_groups for p in group["params"]}
+    rate = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert rate["classifier.weight"] == 1e-3
+    assert rate["encoder.encoder.layer.5.output.dense.weight"] == pytest.approx(5e-4)
+    assert rate["encoder.encoder.layer.0.output.dense.weight"] == pytest.approx(1e-3 / 2**6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(3, 128), min_size=1, max_size=300), st.integers(128, 4096), st.integers(0, 5))
+def test_token_budget_batches_hold_every_text_once(lengths, budget, seed):
+    sampler = finetune.TokenBudget(lengths, budget, seed)
+    epochs = [list(sampler), list(sampler)]
+    for batches in epochs:
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        assert len(batches) <= len(sampler)
+        assert all(sum(lengths[row] for row in batch) <= 1.5 * sum(lengths) / len(sampler) + 128 for batch in batches)
+
+
+def test_token_budget_pads_little_and_mixes_every_epoch(small):
+    splits, _ = small
+    tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
+    tokens = finetune.tokenize(splits["train"], tokenizer, 128, "minilm")
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    sampler = finetune.TokenBudget(lengths, 1024, 0)
+    first, second = list(sampler), list(sampler)
+    padded = sum(len(batch) * lengths[batch].max() for batch in first)
+    assert lengths.sum() <= padded < 1.15 * lengths.sum()
+    assert sorted(map(sorted, first)) != sorted(map(sorted, second)), "another mix"
+    assert list(finetune.TokenBudget(lengths, 1024, 0)) == first, "the same for the same seed"
+
+
+def test_tokens_are_kept_for_the_next_run(small):
+    splits, _ = small
+    tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
+    one, two, shorter = (finetune.tokenize(splits["train"], tokenizer, length, "minilm") for length in (32, 32, 16))
+    assert one._fingerprint == two._fingerprint != shorter._fingerprint
+    assert one.cache_files == two.cache_files and max(map(len, shorter["input_ids"])) <= 16
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1000, 30000), min_size=0, max_size=60))
+def test_augmentation_keeps_the_ends_and_adds_nothing(inner):
+    example = {"input_ids": [101, *inner, 102], "attention_mask": [1] * (len(inner) + 2), "labels": 3}
+    edited = finetune.edit(example)
+    ids = edited["input_ids"]
+    assert ids[0] == 101 and ids[-1] == 102 and len(edited["attention_mask"]) == len(ids) <= len(example["input_ids"])
+    assert set(ids) <= set(example["input_ids"]) and edited["labels"] == 3
+    assert len(inner) == 0 or len(ids) > 2
+
+
+def test_few_labels_are_chosen_by_class_and_seed(small):
+    splits, _ = small
+    chosen, rest = fewshot.choose(splits["train"], 3, 0)
+    counts, all_counts = np.bincount(chosen["label"]), np.bincount(splits["train"]["label"])
+    np.testing.assert_array_equal(counts, np.minimum(all_counts, 3))
+    assert len(chosen) + len(rest) == len(splits["train"])
+    assert set(chosen["text"]) != set(fewshot.choose(splits["train"], 3, 1)[0]["text"])
+    assert len(fewshot.choose(splits["train"], 0, 0)[0]) == len(splits["train"])
+
+
+def test_class_names_alone_beat_the_largest_class():
+    """Zero-shot: no text has been seen."""
+    requests = {
+        "card arrival": ["when will my new card come", "is my card on its way"],
+        "exchange rate": ["what rate do you use to change money", "the currency rate was bad"],
+        "lost or stolen phone": ["somebody took my phone", "i can not find my mobile"],
+    }
+    model, tokenizer = models.load_classifier("minilm", list(requests), head="cosine")
+    fewshot.set_prototypes(model, tokenizer, [], [], "fp32")
+    for label, texts in requests.items():
+        guesses = models.predict(model, tokenizer, texts, precision="fp32").argmax(axis=1)
+        assert [model.config.id2label[k] for k in guesses] == [label] * 2
+
+
+@pytest.mark.parametrize("strategy", ["prototypes", "contrastive", "self-training"])
+def test_strategies_learn_from_four_texts_a_class(strategy, small, tmp_path):
+    splits, _ = small
+    learnt = learn(small, tmp_path, shots=4, strategy=strategy, epochs=4)
+    assert accuracy(learnt, splits["test"]) > majority(splits["test"]) + 0.15
+
+
+def test_a_student_sees_soft_labels():
+    labelled = Dataset.from_dict({"input_ids": [[1]], "labels": [1]})
+    unlabelled = Dataset.from_dict({"input_ids": [[2], [3]], "labels": [0, 0]})
+    both = fewshot.pseudo_labelled(np.array([[0.0, 1.0], [2.0, 0.0]], dtype=np.float32), labelled, unlabelled)
+    assert both["input_ids"] == [[1]] * fewshot.LABELLED_TIMES + [[2], [3]]
+    np.testing.assert_allclose(both[0]["labels"], [0, 1])
+    np.testing.assert_allclose(both[-2]["labels"], np.exp([0, 2]) / np.exp([0, 2]).sum(), rtol=1e-5)  # T = 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "qlora"}, "full, head, lora"),
+        ({"strategy": "magic"}, "plain, prototypes"),
+        ({"strategy": "self-training"}, "set shots"),
+        ({"r_drop": 1.0}, "set dropout above 0"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(wrong, message, small, tmp_path):
+    with pytest.raises(models.ModelError, match=message):
+        learn(small, tmp_path, **wrong)
+
+
+def test_prototypes_need_a_cosine_head():
+    model, tokenizer = models.load_classifier("minilm", ["a", "b"])
+    with pytest.raises(models.ModelError, match="cosine"):
+        fewshot.set_prototypes(model, tokenizer, [], [])

@@ -80,7 +80,7 @@ def test_a_changed_profile_reruns_what_depends_on_it(smoke_run, monkeypatch):
     before = runner.profile
     changed = {"03_evaluate": {"resamples": 50}}
     monkeypatch.setattr(runner, "profile", lambda name: before(name) | changed)
-    assert fresh(smoke_run) == {"01_data": True, "02_finetune": True, "03_evaluate": False}
+    assert fresh(smoke_run) == {"01_data": True, "02_finetune": True, "03_evaluate": False, "04_optimize": True}
 
 
 @pytest.fixture
@@ -99,12 +99,12 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
     assert all(fresh(smoke_run).values()), "prose is no code"
     notebook.cells[-1].source += "\n1 + 1"
     nbformat.write(notebook, path)
-    assert fresh(smoke_run) == {"01_data": True, "02_finetune": False, "03_evaluate": False}
+    assert fresh(smoke_run) == {"01_data": True, "02_finetune": False, "03_evaluate": False, "04_optimize": True}
 
 
 @pytest.mark.parametrize(
     ("module", "stale"),
-    [("evaluate", {"02_finetune", "03_evaluate"}), ("finetune", {*report.pipeline()}), ("notebooks", set())],
+    [("robust", {"03_evaluate"}), ("models", {*report.pipeline()}), ("notebooks", set())],
 )
 def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_path, module, stale):
     shutil.copytree(paths.PACKAGE, tmp_path / "llmprod")

@@ -1,0 +1,53 @@
+"""Changes to texts do what they say, at the strength asked for."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprod import robust
+
+TEXT = "The company said its net profit will rise in the fourth quarter, because oil prices rose"
+
+
+@pytest.mark.parametrize("change", robust.CHANGES)
+def test_strength_grades_a_change(change):
+    assert robust.changed([TEXT], change, 0.0, 0) == [TEXT]
+    words = TEXT.split()
+
+    def touched(strength: float) -> float:
+        many = robust.changed([TEXT] * 60, change, strength, 0)
+        return float(
+            np.mean(
+                [
+                    sum(a != b for a, b in zip(t.split(), words, strict=False)) + abs(len(t.split()) - len(words))
+                    for t in many
+                ]
+            )
+        )
+
+    assert 0 < touched(0.2) < touched(0.8)
+    assert robust.changed([TEXT] * 3, change, 0.5, 1) == robust.changed([TEXT] * 3, change, 0.5, 1)
+
+
+@given(st.text(max_size=200), st.sampled_from(sorted(robust.CHANGES)), st.floats(0, 1))
+def test_any_text_survives_any_change(text, change, strength):
+    assert isinstance(robust.changed([text], change, strength, 0)[0], str)
+
+
+def test_changes_at_full_strength():
+    full = {change: robust.changed([TEXT], change, 1.0, 0)[0] for change in robust.CHANGES}
+    assert full["case"] == TEXT.upper()
+    assert full["truncation"] == "The"
+    assert sorted(full["word order"].split()) == sorted(TEXT.split()) and full["word order"] != TEXT
+    assert "will not rise" in full["negation"]
+    assert "firm stated its net earnings" in full["synonyms"] and "increased" in full["synonyms"]
+    assert full["foreign characters"].isascii() is False and len(full["foreign characters"]) == len(TEXT)
+    assert len(full["typos"].split()) == len(TEXT.split()) and full["typos"] != TEXT
+
+
+def test_templates_differ_in_nothing_but_group():
+    rows = robust.swapped()
+    assert len(rows) == len(robust.TEMPLATES) * 12 * 10
+    assert all("{" not in row["text"] for row in rows)
+    assert all((" she " in f" {row['text']} ") == row["names"].startswith("female") for row in rows)
