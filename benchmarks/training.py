@@ -137,7 +137,8 @@ def main() -> None:
                 found[variant].append(json.loads(done.stdout.splitlines()[-1]))
         rates = {variant: statistics.median(turn["rate"] for turn in turns) for variant, turns in found.items()}
         print(
-            f"{'variant':16}{'texts/s':>9}{'/ padded':>10}{'/ plain':>9}{'peak MB':>9}{'GFLOP/s':>9}{'of GEMM':>9}   spread of texts/s"
+            f"{'variant':16}{'texts/s':>9}{'/ padded':>10}{'/ plain':>9}{'peak MB':>9}{'GFLOP/s':>9}{'of GEMM':>9}"
+            "   spread of texts/s"
         )
         for variant, turns in found.items():
             rate, each = rates[variant], [turn["rate"] for turn in turns]
