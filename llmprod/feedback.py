@@ -58,10 +58,12 @@ def learning_curve(
 ) -> pd.DataFrame:
     """Active learning played through: labels are bought in batches, and the model refitted after each.
 
+    Before there is a model, strategies that look for diversity start with diverse texts, the others with random ones.
+
     Args:
         pool, test: text vectors of length 1 (texts, dimensions), and class numbers, which are hidden until bought
         strategy: a name in `STRATEGIES`
-        first, batch, until: labels bought at random at the start, in each round, and in all
+        first, batch, until: labels bought at the start, in each round, and in all
 
     Returns `labels` (bought so far) and `accuracy` on test. Raises LLMProdError for an unknown strategy.
     """
@@ -69,7 +71,8 @@ def learning_curve(
         raise LLMProdError(f"strategy is '{strategy}'; use one of {', '.join(STRATEGIES)}.")
     random = np.random.default_rng(seed)
     (vectors, labels), rows = pool, []
-    bought = random.choice(len(labels), first, replace=False)
+    start = diverse if strategy in ("diverse", "mixed") else random_texts
+    bought = start(np.ones((len(labels), 2)), vectors, first, random)
     while True:
         model = fit(vectors[bought], labels[bought])
         rows.append({"labels": len(bought), "accuracy": float(model.score(*test))})

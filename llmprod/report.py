@@ -268,7 +268,7 @@ def repository() -> str:
 
 def update_readme(path: Path, language: str) -> str:
     """A README's text with its generated parts, `<!-- generated: name -->` to `<!-- end -->`, written anew."""
-    blocks = {"badges": badges, "notebooks": notebook_table, "results": result_table}
+    blocks = {"badges": badges, "notebooks": notebook_table, "results": result_table, "studies": study_table}
 
     def renew(match: re.Match) -> str:
         return f"<!-- generated: {match[1]} -->\n{blocks[match[1]](language)}\n<!-- end -->"
@@ -328,6 +328,39 @@ def result_table(language: str) -> str:
         rows.append([method, spread(metrics[f"{prefix}accuracy"]), spread(metrics[f"{prefix}macro-F1"]), here])
     for other in published("03_evaluate", measured["protocol"]):
         rows.append([other["method"], f"{other['value']:.4g}", "", f"{other['source']}; {other['protocol']}"])
+    return markdown(pd.DataFrame(rows, columns=heads))
+
+
+def study_table(language: str) -> str:
+    """Banking77 by the number of labelled texts of each class, from the studies, beside published figures."""
+    from llmprod import study  # which needs this module
+
+    here, missing, heads, everything = {
+        "en": ("this repository", "Not measured yet.", ["texts a class", "method", "accuracy", "source"], "all"),
+        "zh": ("本仓库", "尚未测量。", ["每类样本数", "方法", "准确率", "来源"], "全部"),
+    }[language]
+    rows = []
+    for name, of in (("few-labels", "strategy"), ("all-labels", "method")):
+        found = study.means(name, ["dataset", of, "shots"], ["accuracy"])
+        texts = study.styled(found)
+        for (dataset, method, shots), row in texts.iterrows() if len(found) else ():
+            if dataset == "banking77" and shots in (0, 5, 10):
+                size = 0 if method == "class names alone" else shots or everything
+                rows.append([size, f"MiniLM, {method}", row["accuracy"], here])
+    if not rows:
+        return missing
+    figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
+    for item in figures["few-labels"]["banking77"] + figures["03_evaluate"]["banking77"]:
+        rows.append(
+            [
+                item.get("shots", everything),
+                item["method"],
+                f"{item['value']:.4g}",
+                f"{item['source']}; {item['protocol']}",
+            ]
+        )
+    order = [0, 5, 10, everything]
+    rows.sort(key=lambda row: order.index(row[0]))
     return markdown(pd.DataFrame(rows, columns=heads))
 
 

@@ -242,19 +242,23 @@ def class_names(parameters: Mapping[str, object]) -> dict:
 
 
 def active_learning(parameters: Mapping[str, object]) -> dict:
-    """Labels bought by one acquisition strategy until 15 % of the texts have one, on frozen text vectors."""
+    """Labels bought by one acquisition strategy until 12 % of the texts have one, on frozen text vectors."""
     track.set_threads()
     track.quiet()
     splits, _, _ = prepared(parameters["dataset"])
-    vectors = {
-        name: models.embed(parameters["model"], list(splits[name]["text"]), parameters["max_length"])
-        for name in ("train", parameters["split"])
-    }
-    pool, test = ((vectors[name], np.array(splits[name]["label"])) for name in ("train", parameters["split"]))
+    kept = work(parameters["dataset"]) / f"vectors-{artifacts.checksum(parameters['model'])}-{parameters['max_length']}"
+
+    def vectors(name: str) -> np.ndarray:
+        path = kept.with_name(f"{kept.name}-{name}.npy")
+        if not path.exists():
+            np.save(path, models.embed(parameters["model"], list(splits[name]["text"]), parameters["max_length"]))
+        return np.load(path)
+
+    pool, test = ((vectors(name), np.array(splits[name]["label"])) for name in ("train", parameters["split"]))
     whole = float(feedback.fit(*pool).score(*test))
     classes, started = len(np.unique(pool[1])), time.perf_counter()
     curve = feedback.learning_curve(
-        pool, test, parameters["acquisition"], 2 * classes, 2 * classes, len(pool[1]) * 15 // 100, parameters["seed"]
+        pool, test, parameters["acquisition"], 2 * classes, classes, len(pool[1]) * 12 // 100, parameters["seed"]
     )
     metrics = {
         "accuracy with all labels": whole,
