@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from llmprod.models import MeanPoolClassifier, ModelError, device_and_precision, infer, model_folder
+from llmprod.models import MeanPoolClassifier, ModelError, device_and_precision, infer, model_folder, readable
 
-STRATEGIES = ("plain", "prototypes", "contrastive", "self-training")
+STRATEGIES = ("plain", "prototypes", "contrastive", "self-training", "prompt")
 TEMPERATURE = 0.5  # sharpens a teacher's beliefs
 LABELLED_TIMES = 3  # how often a labelled text counts beside a pseudo-labelled one
 
@@ -26,11 +26,6 @@ def choose(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
     chosen = np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)])
     rest = np.setdiff1d(np.arange(len(labels)), chosen)
     return train.select(np.sort(chosen)), train.select(rest)
-
-
-def readable(label: str) -> str:
-    """A class name as words: `card_not_working` becomes `card not working`."""
-    return label.replace("_", " ").replace("-", " ").strip(" ?")
 
 
 def set_prototypes(

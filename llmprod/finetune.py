@@ -185,7 +185,7 @@ class Trainer(transformers.Trainer):
             labels = torch.cat([labels, labels])
         outputs = model(**texts)
         logits = outputs.logits.float()
-        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing) + methods.orthogonality(model)
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing) + methods.orthogonality(self.model)
         if self.r_drop:
             p, q = log_softmax(logits, dim=-1).chunk(2)
             both = kl_div(p, q, log_target=True, reduction="batchmean") + kl_div(
@@ -261,7 +261,8 @@ class KeepBest(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """The library's hook."""
-        model.load_state_dict(self.weights, strict=False)
+        if self.weights is not None:
+            model.load_state_dict(self.weights, strict=False)
 
 
 def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
@@ -359,6 +360,9 @@ def collator(tokenizer: PreTrainedTokenizerBase, augment: float) -> Collator:
     return made
 
 
+HEADS = {"plain": "linear", "prompt": "prompt"}  # of the strategies whose class vectors are not set to prototypes
+
+
 @dataclass
 class Learnt:
     """What `learn` gives: the classifier on its device, its tokenizer, the Trainer, what it took."""
@@ -396,7 +400,8 @@ def learn(
         shots: labelled texts of each class; 0 for all
         strategy: "plain" (a new linear head), "prototypes" (class vectors set from names and texts, then trained),
             "contrastive" (pairs first, then prototypes), "self-training" (a prototypes teacher labels the training
-            texts that were not chosen, and a new model learns from both for `student_epochs`)
+            texts that were not chosen, and a new model learns from both for `student_epochs`), "prompt" (the words of
+            the class names are predicted at a mask after the text; for a masked language model)
         judged: whether validation is looked at after every epoch, and the best one kept; None: only where `shots` is 0,
             since with few labels it would hold more of them than training does
         training: see `trainer`
@@ -413,9 +418,7 @@ def learn(
 
     def fresh() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
         track.seed_everything(seed)
-        made, its_tokenizer = models.load_classifier(
-            model, labels, dropout, "linear" if strategy == "plain" else "cosine"
-        )
+        made, its_tokenizer = models.load_classifier(model, labels, dropout, HEADS.get(strategy, "cosine"))
         its_tokenizer.model_max_length = max_length
         return made, its_tokenizer
 
@@ -425,7 +428,7 @@ def learn(
     validation = None if not judged else tokenize(splits["validation"], tokenizer, max_length, model)
     if strategy == "contrastive":
         fewshot.contrast(classifier, tokenizer, chosen["text"], chosen["label"], str(folder), seed, precision=precision)
-    if strategy != "plain":
+    if strategy not in HEADS:
         fewshot.set_prototypes(classifier, tokenizer, chosen["text"], chosen["label"], precision)
     teaching = training | ({"callbacks": ()} if strategy == "self-training" else {})  # what is tracked is the student
     made = trainer(classifier, tokenizer, train, validation, folder, seed=seed, **teaching)

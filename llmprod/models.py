@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import linear, normalize
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -106,6 +108,75 @@ class MeanPoolClassifier(PreTrainedModel):
         return Outputs(loss=loss, logits=logits, vectors=vectors)
 
 
+class PromptClassifier(PreTrainedModel):
+    """A masked language model that fills the mask of a prompt; a class is the mean of its name's word vectors.
+
+    The head of the language model turns the token vector at the mask into one to compare with word vectors; the
+    verbalizer takes for each class the words of its name (Schick & Schütze 2021). All of it can be trained.
+    """
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        language_model = AutoModelForMaskedLM.from_config(config)
+        self.encoder = language_model.base_model
+        self.transform = language_model.cls.predictions.transform
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Outputs:
+        """Logits and the vectors at the mask and, where there are labels, the mean cross-entropy loss."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        vectors = self.transform(hidden[input_ids == self.config.mask_token_id])
+        logits = self.classifier(vectors)
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return Outputs(loss=loss, logits=logits, vectors=vectors)
+
+
+PROMPT = "this is about [MASK] ."
+
+
+def load_prompt(folder: Path, config: PreTrainedConfig) -> tuple[PromptClassifier, PreTrainedTokenizerBase]:
+    """A masked language model as a classifier, and its tokenizer, which puts the prompt after every text.
+
+    Raises ModelError for a model without a head that fills masks.
+    """
+    language_model, found = AutoModelForMaskedLM.from_pretrained(
+        folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if any("predictions.transform" in name for name in found["missing_keys"]):
+        raise ModelError(f"The model in {folder} can't fill masks; strategy='prompt' needs one, as bert-base-uncased.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config.mask_token_id = tokenizer.mask_token_id
+    words = tokenizer.tokenize(PROMPT)
+    tokens = [tokenizer.cls_token, *words, tokenizer.sep_token]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[tokens[0], "$A", *tokens[1:]], special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in tokens]
+    )
+    classifier = PromptClassifier(config)
+    classifier.encoder, classifier.transform = language_model.base_model, language_model.cls.predictions.transform
+    decoder = language_model.cls.predictions.decoder
+    with torch.no_grad():
+        for k in range(config.num_labels):
+            name = tokenizer(readable(config.id2label[k]), add_special_tokens=False)["input_ids"]
+            classifier.classifier.weight[k] = decoder.weight[name].mean(dim=0)
+            classifier.classifier.bias[k] = decoder.bias[name].mean()
+    return classifier, tokenizer
+
+
+def readable(label: str) -> str:
+    """A class name as words: `card_not_working` becomes `card not working`."""
+    return label.replace("_", " ").replace("-", " ").strip(" ?")
+
+
 class Adapter(torch.nn.Module):
     """A bottleneck with a residual connection that starts as the identity (Houlsby et al. 2019, section 2.1)."""
 
@@ -143,10 +214,10 @@ def load_classifier(
         model: a registered model or a folder
         labels: the names of the classes
         dropout: the share of hidden and attention values set to zero in training; None: what the model came with
-        head: "linear" or "cosine"
+        head: "linear", "cosine" or "prompt" (see `PromptClassifier`)
     """
-    if head not in ("linear", "cosine"):
-        raise ModelError(f"head is '{head}'; use 'linear' or 'cosine'.")
+    if head not in ("linear", "cosine", "prompt"):
+        raise ModelError(f"head is '{head}'; use 'linear', 'cosine' or 'prompt'.")
     folder = model_folder(model)
     classes = dict(enumerate(labels))
     changed = {"id2label": classes, "label2id": {label: k for k, label in classes.items()}}
@@ -154,7 +225,7 @@ def load_classifier(
         changed |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = AutoConfig.from_pretrained(folder, **changed)
     config.head = head
-    return load_checkpoint(folder, config)
+    return load_prompt(folder, config) if head == "prompt" else load_checkpoint(folder, config)
 
 
 def load_checkpoint(
@@ -162,7 +233,8 @@ def load_checkpoint(
 ) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
     """A classifier and its tokenizer, as `save_checkpoint` wrote them."""
     config = config or AutoConfig.from_pretrained(folder)
-    classifier = MeanPoolClassifier.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
+    kind = PromptClassifier if getattr(config, "head", "") == "prompt" else MeanPoolClassifier
+    classifier = kind.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
     if (folder / PREFIX).is_dir():
         classifier.encoder = PeftModel.from_pretrained(classifier.encoder, folder / PREFIX)
     return classifier, AutoTokenizer.from_pretrained(folder)

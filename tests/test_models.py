@@ -107,5 +107,72 @@ def test_the_cosine_head_is_a_scaled_cosine():
     weight = model.classifier.weight.detach().numpy()
     cosine = vectors @ weight.T / np.linalg.norm(vectors, axis=1)[:, None] / np.linalg.norm(weight, axis=1)
     np.testing.assert_allclose(logits, 20 * cosine, atol=1e-3)
-    with pytest.raises(models.ModelError, match="'linear' or 'cosine'"):
+    with pytest.raises(models.ModelError, match="'linear', 'cosine' or 'prompt'"):
         models.load_classifier("minilm", ["a", "b"], head="square")
+
+
+@pytest.fixture(scope="module")
+def masked_language_model(tmp_path_factory):
+    """A small BERT that can fill masks, with random weights, and MiniLM's tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("mlm")
+    tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_prompt_asks_for_the_words_of_the_class_names(masked_language_model, tmp_path):
+    """Class scores are those of the language model for the words at the mask; long texts keep the prompt."""
+    from transformers import AutoModelForMaskedLM
+
+    labels = ["oil", "interest_rates"]
+    model, tokenizer = models.load_classifier(str(masked_language_model), labels, dropout=0.0, head="prompt")
+    tokenizer.model_max_length = 24
+    logits = models.predict(model, tokenizer, TEXTS, precision="fp32")
+
+    whole = AutoModelForMaskedLM.from_pretrained(masked_language_model).eval()
+    plain = models.load_classifier("minilm", ["a", "b"])[1]
+    ids = plain(f"{TEXTS[0]} {models.PROMPT}", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        scores = whole(ids).logits[0, ids[0] == plain.mask_token_id][0]
+    words = [plain(name, add_special_tokens=False)["input_ids"] for name in ("oil", "interest rates")]
+    np.testing.assert_allclose(logits[0], [scores[w].mean() for w in words], atol=1e-4)
+    assert tokenizer.decode(tokenizer(TEXTS[-1], truncation=True)["input_ids"]).endswith(f"{models.PROMPT} [SEP]")
+
+    models.save_checkpoint(model, tokenizer, tmp_path / "checkpoint", "# card")
+    again, its_tokenizer = models.load_checkpoint(tmp_path / "checkpoint")
+    np.testing.assert_allclose(models.predict(again, its_tokenizer, TEXTS, precision="fp32"), logits, atol=1e-5)
+    with pytest.raises(models.ModelError, match="can't fill masks"):
+        models.load_classifier("minilm", labels, head="prompt")
+
+
+def test_a_prompt_can_be_trained(masked_language_model, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    from llmprod import finetune
+
+    texts = [f"{word} {i}" for i in range(16) for word in ("oil", "money")]
+    part = Dataset.from_dict({"text": texts, "label": [0, 1] * 16})
+    learnt = finetune.learn(
+        DatasetDict(train=part, validation=part),
+        ["crude", "cash"],
+        tmp_path,
+        model=str(masked_language_model),
+        strategy="prompt",
+        max_length=24,
+        epochs=15,
+        learning_rate=5e-3,
+        batch_tokens=128,
+        embeddings=True,
+        seed=0,
+        precision="fp32",
+        progress=False,
+    )
+    logits = models.predict(learnt.classifier, learnt.tokenizer, ["oil 3", "money 7"], precision="fp32")
+    assert logits.argmax(axis=1).tolist() == [0, 1]
