@@ -83,8 +83,11 @@ def grid(name: str) -> list[dict[str, object]]:
 
 
 def key(parameters: Mapping[str, object]) -> str:
-    """A fingerprint of what a run's numbers depend on by its declaration: parameters, data and model."""
-    everything = defaults() | parameters
+    """A fingerprint of what a run's numbers depend on by its declaration: parameters, data and model.
+
+    A parameter that is off (0, "", False) does not count: a new one, off by default, leaves finished runs valid.
+    """
+    everything = {name: value for name, value in (defaults() | parameters).items() if value}
     inputs = [artifacts.checksum(str(everything[source])) for source in ("dataset", "model")]
     return hashlib.sha256(json.dumps([everything, inputs], sort_keys=True).encode()).hexdigest()[:16]
 

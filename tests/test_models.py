@@ -143,7 +143,9 @@ def test_a_prompt_asks_for_the_words_of_the_class_names(masked_language_model, t
         scores = whole(ids).logits[0, ids[0] == plain.mask_token_id][0]
     words = [plain(name, add_special_tokens=False)["input_ids"] for name in ("oil", "interest rates")]
     np.testing.assert_allclose(logits[0], [scores[w].mean() for w in words], atol=1e-4)
-    assert tokenizer.decode(tokenizer(TEXTS[-1], truncation=True)["input_ids"]).endswith(f"{models.PROMPT} [SEP]")
+    assert tokenizer.decode(tokenizer(TEXTS[-1], truncation=True)["input_ids"]).endswith(
+        "wheat this is about [MASK]. [SEP]"
+    )
 
     models.save_checkpoint(model, tokenizer, tmp_path / "checkpoint", "# card")
     again, its_tokenizer = models.load_checkpoint(tmp_path / "checkpoint")
