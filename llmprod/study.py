@@ -304,7 +304,7 @@ def means(name: str, by: list[str], metrics: list[str]) -> pd.DataFrame:
     if found.empty:
         index = pd.MultiIndex.from_arrays([[] for _ in by], names=by)
         return pd.DataFrame(columns=pd.MultiIndex.from_product([metrics, ["mean", "sd", "seeds"]]), index=index)
-    grouped = found.groupby(by, sort=False, dropna=False)[metrics]
+    grouped = found.reindex(columns=[*by, *metrics]).groupby(by, sort=False, dropna=False)[metrics]
     parts = {"mean": grouped.mean(), "sd": grouped.std(), "seeds": grouped.count()}
     return pd.concat(parts, axis=1).swaplevel(axis=1)
 
