@@ -156,11 +156,7 @@ def load_prompt(folder: Path, config: PreTrainedConfig) -> tuple[PromptClassifie
         raise ModelError(f"The model in {folder} can't fill masks; strategy='prompt' needs one, as bert-base-uncased.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config.mask_token_id = tokenizer.mask_token_id
-    words = tokenizer.tokenize(PROMPT)
-    tokens = [tokenizer.cls_token, *words, tokenizer.sep_token]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[tokens[0], "$A", *tokens[1:]], special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in tokens]
-    )
+    add_prompt(tokenizer)
     classifier = PromptClassifier(config)
     classifier.encoder, classifier.transform = language_model.base_model, language_model.cls.predictions.transform
     decoder = language_model.cls.predictions.decoder
@@ -170,6 +166,14 @@ def load_prompt(folder: Path, config: PreTrainedConfig) -> tuple[PromptClassifie
             classifier.classifier.weight[k] = decoder.weight[name].mean(dim=0)
             classifier.classifier.bias[k] = decoder.bias[name].mean()
     return classifier, tokenizer
+
+
+def add_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets a tokenizer put the prompt after every text; a text that is too long loses its own end, not the prompt."""
+    tokens = [tokenizer.cls_token, *tokenizer.tokenize(PROMPT), tokenizer.sep_token]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[tokens[0], "$A", *tokens[1:]], special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in tokens]
+    )
 
 
 def readable(label: str) -> str:
@@ -237,7 +241,10 @@ def load_checkpoint(
     classifier = kind.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
     if (folder / PREFIX).is_dir():
         classifier.encoder = PeftModel.from_pretrained(classifier.encoder, folder / PREFIX)
-    return classifier, AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if kind is PromptClassifier:  # the library rebuilds what surrounds a text from the tokenizer's class
+        add_prompt(tokenizer)
+    return classifier, tokenizer
 
 
 def save_checkpoint(

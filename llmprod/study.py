@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -145,8 +146,18 @@ def in_process(experiment: Callable[[dict], dict], parameters: dict) -> dict:
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
         context.set_forkserver_preload(["llmprod.study"])
-    with context.Pool(1) as pool:
+    with context.Pool(1, initializer=end_with_parent) as pool:
         return pool.apply(experiment, (parameters,))
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent is gone, so that a killed study leaves nothing running."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def prepare(dataset: str) -> None:

@@ -169,6 +169,7 @@ def test_a_prompt_can_be_trained(masked_language_model, tmp_path):
         strategy="prompt",
         max_length=24,
         epochs=15,
+        patience=15,
         learning_rate=5e-3,
         batch_tokens=128,
         embeddings=True,

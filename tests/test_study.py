@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -61,6 +64,35 @@ def test_a_run_has_a_process_of_its_own():
     parameters = {"model": "minilm", "max_length": 16}
     assert study.in_process(dict, parameters) == parameters
     assert study.in_process(pid, {}) != os.getpid()
+
+
+def test_a_killed_study_leaves_no_process(tmp_path):
+    code = (
+        "import sys; from tests.test_study import linger; from llmprod import study; "
+        "study.in_process(linger, {'p': sys.argv[1]})"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], cwd=paths.ROOT)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert parent.poll() is None
+        time.sleep(0.1)
+    child = int((tmp_path / "pid").read_text())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the run goes on")
+
+
+def linger(parameters: dict) -> None:
+    """Says whose process it is, and works on."""
+    with open(parameters["p"], "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(60)
 
 
 def pid(parameters: dict) -> int:
