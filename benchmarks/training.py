@@ -17,7 +17,7 @@ from pathlib import Path
 VARIANTS = {
     "padded to 128": "the source text's recipe: every text padded to 128 tokens, float32",
     "plain Trainer": "dynamic padding, batches at random, AdamW, float32: what Trainer does by itself",
-    "llmprod fp32": "02_finetune in float32: token budget, fused AdamW, no dropout, token embeddings left as they are",
+    "llmprod fp32": "ours in float32: token budget, fused AdamW, no dropout, token embeddings left as they are",
     "llmprod": "the same in its own precision (bfloat16 products where the processor has them)",
 }
 
