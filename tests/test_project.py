@@ -63,6 +63,7 @@ def test_make_help_explains_every_target():
         "report",
         "bench",
         "reference",
+        "study",
         "lab",
         "lint",
         "sync",
@@ -110,9 +111,8 @@ def test_no_secret_home_path_or_large_file_is_committed():
 
 
 def test_no_data_set_is_committed():
-    assert not [
-        n for n in tracked() if n.endswith((".csv", ".tsv", ".tab", ".parquet", ".arrow", ".safetensors", ".jsonl"))
-    ]
+    kinds = (".csv", ".tsv", ".tab", ".parquet", ".arrow", ".safetensors", ".jsonl")
+    assert not [n for n in tracked() if n.endswith(kinds) and not n.startswith("reports/studies/")]
 
 
 def test_nothing_pickled_is_loaded_and_no_remote_code_runs():
