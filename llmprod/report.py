@@ -307,7 +307,8 @@ def notebook_table(language: str) -> str:
     rows, expected = [], reference("cpu")
     for name, item in pipeline().items():
         measured = expected.get(name)
-        link = f"[`{name}`](notebooks/{name}.ipynb) ([{executed}](reports/reference/cpu/{name}.ipynb))"
+        link = f"[`{name}`](notebooks/{name}.ipynb)"
+        link += f" ([{executed}](reports/reference/cpu/{name}.ipynb))" if measured else ""
         minutes = f"{measured['minutes']:.1f}" if measured else ""
         headline = f"{item['headline']} {spread(measured['metrics'][item['headline']])}" if measured else ""
         rows.append([link, item[title], minutes, headline, colab(name)])
