@@ -23,7 +23,7 @@ LLMPROD = $(BIN)/python -m llmprod
 .PHONY: help setup reproduce test run smoke verify report bench reference study lab lint pin sync clean
 
 help:  ## explain the targets
-	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"1 2 3\""
+	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything, pinned

@@ -8,11 +8,11 @@ import torch
 from captum.attr import LayerIntegratedGradients
 from transformers import PreTrainedTokenizerBase
 
-from llmprod.models import MeanPoolClassifier, predict
+from llmprod.models import Classifier, predict
 
 
 def attribute(
-    classifier: MeanPoolClassifier, tokenizer: PreTrainedTokenizerBase, text: str, target: int, steps: int = 32
+    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, text: str, target: int, steps: int = 32
 ) -> tuple[list[str], np.ndarray, float]:
     """Integrated gradients of a class's logit with respect to the token embeddings (Sundararajan et al. 2017).
 
@@ -54,7 +54,7 @@ def coloured(tokens: Sequence[str], scores: np.ndarray) -> str:
 
 
 def faithfulness(
-    classifier: MeanPoolClassifier,
+    classifier: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     tokens: Sequence[Sequence[str]],
     rankings: Sequence[np.ndarray],

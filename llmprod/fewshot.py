@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from llmprod.models import MeanPoolClassifier, ModelError, device_and_precision, infer, model_folder, readable
+from llmprod.models import Classifier, ModelError, device_and_precision, infer, model_folder, readable
 
 STRATEGIES = ("plain", "prototypes", "contrastive", "self-training", "prompt")
 TEMPERATURE = 0.5  # sharpens a teacher's beliefs
@@ -29,7 +29,7 @@ def choose(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def set_prototypes(
-    classifier: MeanPoolClassifier,
+    classifier: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     labels: Sequence[int],
@@ -70,7 +70,7 @@ def pseudo_labelled(logits: np.ndarray, labelled: Dataset, unlabelled: Dataset) 
 
 
 def contrast(
-    classifier: MeanPoolClassifier,
+    classifier: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     labels: Sequence[int],

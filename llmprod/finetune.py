@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from llmprod import artifacts, evaluate, fewshot, methods, models, track
-from llmprod.models import MeanPoolClassifier, ModelError, device_and_precision
+from llmprod.models import Classifier, ModelError, device_and_precision
 
 
 def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, model: str) -> Dataset:
@@ -69,6 +69,7 @@ class TokenBudget(Sampler):
         yield from (batches[i].tolist() for i in order if i < len(batches))
 
 
+@dataclass
 class Collator(DataCollatorWithPadding):
     """Pads a batch; in training each text is changed with probability `augment` (see `edit`)."""
 
@@ -220,7 +221,7 @@ class Trainer(transformers.Trainer):
         return self.embedded
 
 
-def embeddings_of(model: MeanPoolClassifier) -> str:
+def embeddings_of(model: Classifier) -> str:
     """Where the embedding layer stands in the encoder, wrapped by peft or not."""
     return next(name for name, _ in model.encoder.named_modules() if name.split(".")[-1] == "embeddings")
 
@@ -275,7 +276,7 @@ def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
 
 
 def trainer(
-    classifier: MeanPoolClassifier,
+    classifier: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     validation: Dataset | None,
@@ -337,7 +338,7 @@ def trainer(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=collator(tokenizer, augment),
+        data_collator=Collator(tokenizer, augment=augment),
         processing_class=tokenizer,
         compute_metrics=scores,
         callbacks=[AllocateRanks(), *([KeepBest(), EarlyStoppingCallback(patience)] if judged else []), *callbacks],
@@ -353,13 +354,6 @@ def trainer(
     return made
 
 
-def collator(tokenizer: PreTrainedTokenizerBase, augment: float) -> Collator:
-    """The collator of training batches."""
-    made = Collator(tokenizer)
-    made.augment = augment
-    return made
-
-
 HEADS = {"plain": "linear", "prompt": "prompt"}  # of the strategies whose class vectors are not set to prototypes
 
 
@@ -367,7 +361,7 @@ HEADS = {"plain": "linear", "prompt": "prompt"}  # of the strategies whose class
 class Learnt:
     """What `learn` gives: the classifier on its device, its tokenizer, the Trainer, what it took."""
 
-    classifier: MeanPoolClassifier
+    classifier: Classifier
     tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
     trained_parameters: int
@@ -416,7 +410,7 @@ def learn(
     chosen, others = fewshot.choose(splits["train"], shots, seed)
     precision = training.get("precision", "auto")
 
-    def fresh() -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+    def fresh() -> tuple[Classifier, PreTrainedTokenizerBase]:
         track.seed_everything(seed)
         made, its_tokenizer = models.load_classifier(model, labels, dropout, HEADS.get(strategy, "cosine"))
         its_tokenizer.model_max_length = max_length
@@ -442,7 +436,6 @@ def learn(
         fewshot.set_prototypes(classifier, tokenizer, texts, guesses, precision)
         made = trainer(classifier, tokenizer, train, None, folder, seed=seed, **training | {"epochs": student_epochs})
         outcome = made.train()
-    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     passed = len(made.train_dataset) * outcome.metrics["epoch"]  # the epochs that were run, not those that were allowed
     rate = passed / outcome.metrics["train_runtime"]
-    return Learnt(classifier, tokenizer, made, trained, time.perf_counter() - started, rate)
+    return Learnt(classifier, tokenizer, made, methods.count(classifier), time.perf_counter() - started, rate)

@@ -65,7 +65,33 @@ class Outputs(ModelOutput):
     vectors: torch.Tensor | None = None
 
 
-class MeanPoolClassifier(PreTrainedModel):
+class Classifier(PreTrainedModel):
+    """An encoder, and a head with one vector for each class; the two below differ in a text's vector and its logits."""
+
+    base_model_prefix = "encoder"
+
+    def vectors_and_logits(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text vectors and logits (texts, classes) from token vectors (texts, tokens, dimensions)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Outputs:
+        """Logits and text vectors and, where there are labels, the mean cross-entropy loss."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        vectors, logits = self.vectors_and_logits(hidden, input_ids, attention_mask)
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return Outputs(loss=loss, logits=logits, vectors=vectors)
+
+
+class MeanPoolClassifier(Classifier):
     """A pretrained encoder, the mean over its token vectors, dropout, and a head with one vector for each class.
 
     Mean pooling is what sentence encoders were trained with (Reimers & Gurevych 2019); the usual classification
@@ -74,7 +100,6 @@ class MeanPoolClassifier(PreTrainedModel):
     class vector can be set before any training, to the mean of its examples or to its name's own vector.
     """
 
-    base_model_prefix = "encoder"
     _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
     COSINE_SCALE = 20.0
 
@@ -88,34 +113,23 @@ class MeanPoolClassifier(PreTrainedModel):
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Logits and text vectors and, where there are labels, the mean cross-entropy loss."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+    def vectors_and_logits(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean over a text's tokens, and the head's answer to it."""
         vectors = mean_over_tokens(hidden, attention_mask)
-        if getattr(self.config, "head", "linear") == "cosine":
-            text, classes = normalize(self.dropout(vectors), dim=-1), normalize(self.classifier.weight, dim=-1)
-            logits = self.COSINE_SCALE * linear(text, classes)
-        else:
-            logits = self.classifier(self.dropout(vectors))
-        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
-        return Outputs(loss=loss, logits=logits, vectors=vectors)
+        if getattr(self.config, "head", "linear") == "linear":
+            return vectors, self.classifier(self.dropout(vectors))
+        text, classes = normalize(self.dropout(vectors), dim=-1), normalize(self.classifier.weight, dim=-1)
+        return vectors, self.COSINE_SCALE * linear(text, classes)
 
 
-class PromptClassifier(PreTrainedModel):
+class PromptClassifier(Classifier):
     """A masked language model that fills the mask of a prompt; a class is the mean of its name's word vectors.
 
     The head of the language model turns the token vector at the mask into one to compare with word vectors; the
     verbalizer takes for each class the words of its name (Schick & Schütze 2021). All of it can be trained.
     """
-
-    base_model_prefix = "encoder"
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -125,20 +139,12 @@ class PromptClassifier(PreTrainedModel):
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Logits and the vectors at the mask and, where there are labels, the mean cross-entropy loss."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+    def vectors_and_logits(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the language model would compare with word vectors at the mask, and the classes' words compared."""
         vectors = self.transform(hidden[input_ids == self.config.mask_token_id])
-        logits = self.classifier(vectors)
-        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
-        return Outputs(loss=loss, logits=logits, vectors=vectors)
+        return vectors, self.classifier(vectors)
 
 
 PROMPT = "this is about [MASK] ."
@@ -211,7 +217,7 @@ def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torc
 
 def load_classifier(
     model: str, labels: Sequence[str], dropout: float | None = None, head: str = "linear"
-) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+) -> tuple[Classifier, PreTrainedTokenizerBase]:
     """The pretrained encoder with a new classification head of one output a label, and its tokenizer.
 
     Args:
@@ -232,9 +238,7 @@ def load_classifier(
     return load_prompt(folder, config) if head == "prompt" else load_checkpoint(folder, config)
 
 
-def load_checkpoint(
-    folder: Path, config: PreTrainedConfig | None = None
-) -> tuple[MeanPoolClassifier, PreTrainedTokenizerBase]:
+def load_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> tuple[Classifier, PreTrainedTokenizerBase]:
     """A classifier and its tokenizer, as `save_checkpoint` wrote them."""
     config = config or AutoConfig.from_pretrained(folder)
     kind = PromptClassifier if getattr(config, "head", "") == "prompt" else MeanPoolClassifier
@@ -247,9 +251,7 @@ def load_checkpoint(
     return classifier, tokenizer
 
 
-def save_checkpoint(
-    classifier: MeanPoolClassifier, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str
-) -> None:
+def save_checkpoint(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Writes model (safetensors), tokenizer and model card into a folder; whole or not at all.
 
     What can't be merged into the weights (a prefix, see `methods.merge`) lies in a folder of its own beside them.

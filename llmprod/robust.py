@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
 
 Change = Callable[[str, float, np.random.Generator], str]
 
@@ -13,16 +15,6 @@ NEIGHBOURS = {  # keys beside each other on a QWERTY keyboard
     for i, key in enumerate(row)
 }
 LOOKALIKES = str.maketrans("aceiopxyABCEHKMOPTX", "асеіорхуАВСЕНКМОРТХ")  # Cyrillic letters that look like Latin ones
-SYNONYM_PAIRS = """
-said:stated rise:increase rose:increased fell:declined fall:decline up:higher down:lower buy:purchase bought:purchased
-sell:dispose sold:disposed company:firm profit:earnings loss:deficit quarter:trimester shares:equities stock:equity
-prices:rates meeting:session government:administration agreement:accord deal:transaction money:funds big:large
-small:little about:around expected:anticipated reported:announced told:informed help:assist need:require get:obtain
-want:wish why:wherefore problem:issue change:alter use:employ make:create made:created show:display start:begin
-end:finish many:numerous more:additional new:fresh old:former because:since also:too however:yet before:prior
-plans:intends sales:turnover bank:lender trade:commerce official:officer analyst:observer wrong:incorrect
-transfer:remittance payment:remittance fee:charge cash:notes lost:missing stolen:taken
-"""  # written for this project: words common in news and requests, and one that can stand for each
 SYNONYM_PAIRS = """
 said:stated rise:increase rose:increased fell:declined fall:decline up:higher down:lower buy:purchase bought:purchased
 sell:dispose sold:disposed company:firm profit:earnings loss:deficit quarter:trimester shares:equities stock:equity
@@ -127,6 +119,28 @@ def changed(texts: Sequence[str], change: str, strength: float, seed: int) -> li
     """Every text with one kind of change at a strength from 0 (as it was) to 1; equal for equal seeds."""
     random = np.random.default_rng(seed)
     return [CHANGES[change](text, strength, random) if strength else text for text in texts]
+
+
+def steadiness(
+    answer: Callable[[list[str]], np.ndarray],
+    texts: Sequence[str],
+    labels: Sequence[int],
+    strengths: Sequence[float],
+    seed: int,
+) -> pd.DataFrame:
+    """Accuracy on changed texts: one row a kind of change, one column a strength.
+
+    Args:
+        answer: texts -> predicted classes
+    """
+    texts, labels, found = list(texts), np.asarray(labels), {}
+    unchanged = float((answer(texts) == labels).mean()) if 0 in strengths else None
+    for change in tqdm(CHANGES, desc="changes", leave=False):
+        found[change] = [
+            unchanged if not strength else float((answer(changed(texts, change, strength, seed)) == labels).mean())
+            for strength in strengths
+        ]
+    return pd.DataFrame.from_dict(found, orient="index", columns=list(strengths))
 
 
 # Who or where a text is about should not change what it is about. Sentences and lists were written for this project.

@@ -6,7 +6,6 @@ the test split at its end; what is not named in a study is that notebook's own d
 """
 
 import hashlib
-import inspect
 import itertools
 import json
 import multiprocessing
@@ -35,11 +34,13 @@ from llmprod import (
     models,
     paths,
     report,
+    robust,
     runner,
     track,
 )
 
 FOLDER = paths.REPORTS / "studies"
+STRENGTH = 0.3  # of the changes by which robustness is compared
 
 
 class StudyError(LLMProdError):
@@ -55,9 +56,11 @@ def defaults() -> dict[str, object]:
     """What a run uses where a study says nothing: the parameters of `02_finetune`, on the data set of `01_data`.
 
     Beside them: `experiment` (a name in `EXPERIMENTS`), `split` (where it is scored), `change` (a name for a setting,
-    to be shown), `pairs` (of the setfit library, for each text), `acquisition` (of active learning).
+    to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit library, for
+    each text), `acquisition` (of active learning).
     """
-    more = {"experiment": "finetune", "split": "test", "change": "", "pairs": 20, "acquisition": "random"}
+    more = {"experiment": "finetune", "split": "test", "change": "", "robust_texts": 0, "pairs": 20}
+    more["acquisition"] = "random"
     return {"dataset": runner.declared("01_data")["dataset"]} | runner.declared("02_finetune") | more
 
 
@@ -184,11 +187,7 @@ def finetuning(parameters: Mapping[str, object]) -> dict:
     track.set_threads()
     track.quiet()
     splits, labels, _ = prepared(parameters["dataset"])
-    settings = {
-        k: v
-        for k, v in parameters.items()
-        if k in inspect.signature(finetune.learn).parameters or k in inspect.signature(finetune.trainer).parameters
-    }
+    settings = {name: parameters[name] for name in runner.declared("02_finetune")}
     with tempfile.TemporaryDirectory() as folder:
         learnt = finetune.learn(splits, labels, Path(folder) / "trainer", progress=False, **settings)
         memory = track.peak_memory_mb()
@@ -199,6 +198,8 @@ def finetuning(parameters: Mapping[str, object]) -> dict:
         logits = models.predict(learnt.classifier, learnt.tokenizer, texts, precision=parameters["precision"])
         rate = len(texts) / (time.perf_counter() - started)
     scores = evaluate.summary(y, softmax(logits.astype(float), axis=1))
+    if parameters["robust_texts"]:
+        scores |= changed_texts(learnt, texts, y, parameters)
     return {
         "metrics": scores | {"trained parameters": learnt.trained_parameters},
         "speeds": {
@@ -208,6 +209,17 @@ def finetuning(parameters: Mapping[str, object]) -> dict:
             "inference, texts/s": rate,
         },
     }
+
+
+def changed_texts(learnt: finetune.Learnt, texts: list[str], y: np.ndarray, parameters: Mapping) -> dict[str, float]:
+    """Accuracy on some texts after each kind of change of `robust` in `STRENGTH` of the words."""
+    some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
+
+    def answer(changed: list[str]) -> np.ndarray:
+        return models.predict(learnt.classifier, learnt.tokenizer, changed, precision=parameters["precision"]).argmax(1)
+
+    found = robust.steadiness(answer, [texts[i] for i in some], y[some], [0, STRENGTH], seed=0)
+    return {"unchanged": float(found[0].iloc[0]), **found[STRENGTH]}
 
 
 def setfit_library(parameters: Mapping[str, object]) -> dict:
@@ -237,8 +249,9 @@ def setfit_library(parameters: Mapping[str, object]) -> dict:
         train = Dataset.from_dict({"text": list(chosen["text"]), "label": list(chosen["label"])})
         Trainer(model=model, args=arguments, train_dataset=train).train()
     seconds = time.perf_counter() - started
-    probabilities = np.asarray(model.predict_proba(list(splits["test"]["text"]), as_numpy=True))
-    scores = evaluate.summary(np.array(splits["test"]["label"]), probabilities)
+    part = splits[parameters["split"]]
+    probabilities = np.asarray(model.predict_proba(list(part["text"]), as_numpy=True))
+    scores = evaluate.summary(np.array(part["label"]), probabilities)
     return {"metrics": scores, "speeds": {"training, s": seconds, "peak memory, MB": track.peak_memory_mb()}}
 
 
