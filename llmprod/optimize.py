@@ -1,5 +1,8 @@
 """Hyper-parameter search by Optuna: resumes after a kill, and stops trials that fall behind."""
 
+import hashlib
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,16 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def storage(folder: Path, *of: object) -> Path:
+    """The file that holds the trials of one search: another one where anything differs that a trial's score depends on.
+
+    Args:
+        of: parameters, checksums, and functions, which count with their source
+    """
+    parts = [inspect.getsource(part) if callable(part) else json.dumps(part, sort_keys=True) for part in of]
+    return folder / f"search-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}.db"
 
 
 class Prune(TrainerCallback):

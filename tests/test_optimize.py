@@ -44,6 +44,17 @@ def test_a_killed_search_goes_on(tmp_path):
     assert len(optimize.search(bowl, tmp_path / "s.db", 12, seed=0).trials) == 13, "nothing is left to do"
 
 
+def test_another_search_has_another_storage(tmp_path):
+    """Trials of other settings or of another space must not be carried on."""
+
+    def narrow(trial):
+        return trial.suggest_float("x", 0, 1)
+
+    names = [optimize.storage(tmp_path, *of) for of in ([{"a": 1}, bowl], [{"a": 2}, bowl], [{"a": 1}, narrow])]
+    assert len(set(names)) == 3
+    assert names[0] == optimize.storage(tmp_path, {"a": 1}, bowl)
+
+
 def test_what_falls_behind_is_stopped():
     class Trial:
         reported: list = []  # noqa: RUF012
