@@ -112,10 +112,10 @@ def measure_reference(options: argparse.Namespace) -> int:
 
 
 def run_studies(options: argparse.Namespace) -> int:
-    from llmprod import study
+    from llmprod import experiments, study
 
     for name in options.names or study.declared():
-        print(f"{name}: {study.run(name)} runs, {len(study.rows(name))} in all")
+        print(f"{name}: {study.run(name, experiments.EXPERIMENTS)} runs, {len(study.rows(name))} in all")
     return 0
 
 

@@ -10,37 +10,18 @@ import itertools
 import json
 import multiprocessing
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
-from scipy.special import softmax
 from tqdm.auto import tqdm
 
-from llmprod import (
-    LLMProdError,
-    artifacts,
-    data,
-    evaluate,
-    feedback,
-    fewshot,
-    finetune,
-    methods,
-    models,
-    paths,
-    report,
-    robust,
-    runner,
-    track,
-)
+from llmprod import LLMProdError, artifacts, paths, report, runner, track
 
 FOLDER = paths.REPORTS / "studies"
-STRENGTH = 0.3  # of the changes by which robustness is compared
 
 
 class StudyError(LLMProdError):
@@ -55,9 +36,9 @@ def declared() -> dict[str, dict]:
 def defaults() -> dict[str, object]:
     """What a run uses where a study says nothing: the parameters of `02_finetune`, on the data set of `01_data`.
 
-    Beside them: `experiment` (a name in `EXPERIMENTS`), `split` (where it is scored), `change` (a name for a setting,
-    to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit library, for
-    each text), `acquisition` (of active learning).
+    Beside them: `experiment` (a name in `experiments.EXPERIMENTS`), `split` (where it is scored), `change` (a name for
+    a setting, to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit
+    library, for each text), `acquisition` (of active learning).
     """
     more = {"experiment": "finetune", "split": "test", "change": "", "robust_texts": 0, "pairs": 20}
     more["acquisition"] = "random"
@@ -108,8 +89,12 @@ def rows(name: str) -> list[dict]:
     return found
 
 
-def run(name: str) -> int:
-    """Runs what is missing of a study, each run in a process of its own; returns how many ran."""
+def run(name: str, experiments: Mapping[str, Callable[[dict], dict]]) -> int:
+    """Runs what is missing of a study, each run in a process of its own; returns how many ran.
+
+    Args:
+        experiments: by name; those of `experiments.EXPERIMENTS`, which notebooks that only show studies don't depend on
+    """
     plan = grid(name)
     keys = [key(parameters) for parameters in plan]
     done = {row["key"]: row for row in rows(name)}
@@ -120,7 +105,7 @@ def run(name: str) -> int:
         everything = defaults() | parameters
         prepare(everything["dataset"])
         started = time.time()
-        found = in_process(EXPERIMENTS[everything["experiment"]], everything)
+        found = in_process(experiments[everything["experiment"]], everything)
         stamp = {
             "minutes": round((time.time() - started) / 60, 2),
             "machine": track.machine(),
@@ -148,7 +133,7 @@ def in_process(experiment: Callable[[dict], dict], parameters: dict) -> dict:
     """
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
-        context.set_forkserver_preload(["llmprod.study"])
+        context.set_forkserver_preload(["llmprod.experiments"])
     with context.Pool(1, initializer=end_with_parent) as pool:
         return pool.apply(experiment, (parameters,))
 
@@ -172,135 +157,6 @@ def prepare(dataset: str) -> None:
 def work(dataset: str) -> Path:
     """The folder in which a data set is prepared for studies."""
     return paths.RUNS / "studies" / dataset
-
-
-def prepared(dataset: str) -> tuple:
-    """A data set's splits, class names and protocol."""
-    return data.prepared(work(dataset) / "work" / "01_data" / "splits")
-
-
-# Experiments: parameters -> {"metrics": ..., "speeds": ...}
-
-
-def finetuning(parameters: Mapping[str, object]) -> dict:
-    """One run of `finetune.learn` and its scores on a split: the test split unless settings are being chosen."""
-    track.set_threads()
-    track.quiet()
-    splits, labels, _ = prepared(parameters["dataset"])
-    settings = {name: parameters[name] for name in runner.declared("02_finetune")}
-    with tempfile.TemporaryDirectory() as folder:
-        learnt = finetune.learn(splits, labels, Path(folder) / "trainer", progress=False, **settings)
-        memory = track.peak_memory_mb()
-        size = sum(weights.numel() * 4 for weights in methods.trained_state(learnt.classifier).values()) / 1e6
-        methods.merge(learnt.classifier)
-        texts, y = list(splits[parameters["split"]]["text"]), np.array(splits[parameters["split"]]["label"])
-        started = time.perf_counter()
-        logits = models.predict(learnt.classifier, learnt.tokenizer, texts, precision=parameters["precision"])
-        rate = len(texts) / (time.perf_counter() - started)
-    scores = evaluate.summary(y, softmax(logits.astype(float), axis=1))
-    if parameters["robust_texts"]:
-        scores |= changed_texts(learnt, texts, y, parameters)
-    return {
-        "metrics": scores | {"trained parameters": learnt.trained_parameters},
-        "speeds": {
-            "training, s": learnt.seconds,
-            "peak memory, MB": memory,
-            "checkpoint, MB": size,
-            "inference, texts/s": rate,
-        },
-    }
-
-
-def changed_texts(learnt: finetune.Learnt, texts: list[str], y: np.ndarray, parameters: Mapping) -> dict[str, float]:
-    """Accuracy on some texts after each kind of change of `robust` in `STRENGTH` of the words."""
-    some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
-
-    def answer(changed: list[str]) -> np.ndarray:
-        return models.predict(learnt.classifier, learnt.tokenizer, changed, precision=parameters["precision"]).argmax(1)
-
-    found = robust.steadiness(answer, [texts[i] for i in some], y[some], [0, STRENGTH], seed=0)
-    return {"unchanged": float(found[0].iloc[0]), **found[STRENGTH]}
-
-
-def setfit_library(parameters: Mapping[str, object]) -> dict:
-    """The setfit library on the same labelled texts: contrastive pairs, then logistic regression on the vectors."""
-    from datasets import Dataset
-    from setfit import SetFitModel, Trainer, TrainingArguments
-
-    track.set_threads()
-    track.quiet()
-    track.seed_everything(parameters["seed"])
-    splits, _, _ = prepared(parameters["dataset"])
-    chosen, _ = fewshot.choose(splits["train"], parameters["shots"], parameters["seed"])
-    started = time.perf_counter()
-    model = SetFitModel.from_pretrained(str(models.model_folder(parameters["model"])))
-    model.model_body.max_seq_length = parameters["max_length"]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            batch_size=32,
-            num_epochs=1,
-            num_iterations=parameters["pairs"],
-            seed=parameters["seed"],
-            show_progress_bar=False,
-            save_strategy="no",
-            report_to="none",
-        )
-        train = Dataset.from_dict({"text": list(chosen["text"]), "label": list(chosen["label"])})
-        Trainer(model=model, args=arguments, train_dataset=train).train()
-    seconds = time.perf_counter() - started
-    part = splits[parameters["split"]]
-    probabilities = np.asarray(model.predict_proba(list(part["text"]), as_numpy=True))
-    scores = evaluate.summary(np.array(part["label"]), probabilities)
-    return {"metrics": scores, "speeds": {"training, s": seconds, "peak memory, MB": track.peak_memory_mb()}}
-
-
-def class_names(parameters: Mapping[str, object]) -> dict:
-    """Zero-shot: the class whose name's vector lies nearest to the text's, with no labelled text at all."""
-    track.set_threads()
-    track.quiet()
-    splits, labels, _ = prepared(parameters["dataset"])
-    classifier, tokenizer = models.load_classifier(parameters["model"], labels, head="cosine")
-    tokenizer.model_max_length = parameters["max_length"]
-    fewshot.set_prototypes(classifier, tokenizer, [], [], parameters["precision"])
-    part = splits[parameters["split"]]
-    logits = models.predict(classifier, tokenizer, list(part["text"]), precision=parameters["precision"])
-    return {"metrics": evaluate.summary(np.array(part["label"]), softmax(logits.astype(float), axis=1)), "speeds": {}}
-
-
-def active_learning(parameters: Mapping[str, object]) -> dict:
-    """Labels bought by one acquisition strategy until 12 % of the texts have one, on frozen text vectors."""
-    track.set_threads()
-    track.quiet()
-    splits, _, _ = prepared(parameters["dataset"])
-    kept = work(parameters["dataset"]) / f"vectors-{artifacts.checksum(parameters['model'])}-{parameters['max_length']}"
-
-    def vectors(name: str) -> np.ndarray:
-        path = kept.with_name(f"{kept.name}-{name}.npy")
-        if not path.exists():
-            np.save(path, models.embed(parameters["model"], list(splits[name]["text"]), parameters["max_length"]))
-        return np.load(path)
-
-    pool, test = ((vectors(name), np.array(splits[name]["label"])) for name in ("train", parameters["split"]))
-    whole = float(feedback.fit(*pool).score(*test))
-    classes, started = len(np.unique(pool[1])), time.perf_counter()
-    curve = feedback.learning_curve(
-        pool, test, parameters["acquisition"], 2 * classes, classes, len(pool[1]) * 12 // 100, parameters["seed"]
-    )
-    metrics = {
-        "accuracy with all labels": whole,
-        "labels to 90 % of it": feedback.labels_needed(curve, 0.9 * whole),
-        "accuracy": float(curve["accuracy"].iloc[-1]),
-    }
-    return {"metrics": metrics, "speeds": {"s": time.perf_counter() - started}, "curve": curve.to_dict("list")}
-
-
-EXPERIMENTS = {
-    "active learning": active_learning,
-    "finetune": finetuning,
-    "setfit": setfit_library,
-    "class names": class_names,
-}
 
 
 # Tables

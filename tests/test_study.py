@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from llmprod import data, paths, study, track
+from llmprod import data, experiments, paths, study, track
 
 
 @pytest.fixture
@@ -37,23 +37,25 @@ def tiny(monkeypatch, tmp_path):
 
 def test_a_study_runs_once_and_goes_on_where_it_stopped(tiny):
     folder, declaration = tiny
-    assert study.run("tiny") == 4
+    assert study.run("tiny", experiments.EXPERIMENTS) == 4
     first = study.rows("tiny")
     assert [(r["parameters"]["seed"], r["parameters"]["strategy"]) for r in first] == [
         (0, "plain"), (0, "prototypes"), (1, "plain"), (1, "prototypes"),
     ]  # fmt: skip
     assert all(0 < r["metrics"]["accuracy"] <= 1 and r["speeds"]["peak memory, MB"] > 100 for r in first)
-    assert study.run("tiny") == 0
+    assert study.run("tiny", experiments.EXPERIMENTS) == 0
 
     path = folder / "studies/tiny.jsonl"
     path.write_text(path.read_text()[:-40])  # killed in the last line
-    assert study.run("tiny") == 1
+    assert study.run("tiny", experiments.EXPERIMENTS) == 1
     again = study.rows("tiny")
     assert [r["metrics"] for r in again] == [r["metrics"] for r in first], "a run repeated gives the same numbers"
 
     declaration["tiny"]["vary"] = {"strategy": ["plain"]}
     (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
-    assert study.run("tiny") == 0 and len(study.rows("tiny")) == 2, "rows of an earlier declaration go"
+    assert study.run("tiny", experiments.EXPERIMENTS) == 0 and len(study.rows("tiny")) == 2, (
+        "rows of an earlier declaration go"
+    )
 
     means = study.means("tiny", ["strategy"], ["accuracy"])
     assert means.loc["plain", ("accuracy", "seeds")] == 2
@@ -119,7 +121,7 @@ def test_unknown_names_are_named(tiny):
 def test_every_declared_run_has_known_parameters_and_a_key_of_its_own(name):
     plan = study.grid(name)
     assert len({study.key(parameters) for parameters in plan}) == len(plan)
-    assert all(p.get("experiment", "finetune") in study.EXPERIMENTS for p in plan)
+    assert all(p.get("experiment", "finetune") in experiments.EXPERIMENTS for p in plan)
     chosen = [p for p in plan if p.get("split", "test") != "test"]
     assert not chosen or (len(chosen) == len(plan) and {p["seed"] for p in plan} == {0}), "settings are chosen apart"
 
