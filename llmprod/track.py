@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def quiet() -> None:
     """No warnings and bars of loading weights, which takes no time; training keeps its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
 
 
 def set_threads() -> None:

@@ -16,7 +16,7 @@ from llmprod import notebooks, paths, report, runner
 NAMES = list(report.pipeline())
 SMOKE = paths.ROOT / "reports" / "smoke"
 PRIVATE = re.compile(
-    r"/home/\w|/root/|/Users/\w|/tmp/\w|[A-Z]:\\\\|hf_[A-Za-z0-9]{20}|\b[0-9a-f]{40}\b"
+    r"/home/\w|/root/|\.venv/|/Users/\w|/tmp/\w|[A-Z]:\\\\|hf_[A-Za-z0-9]{20}|\b[0-9a-f]{40}\b"
 )  # a W&B key: 40
 
 
