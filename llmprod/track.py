@@ -141,7 +141,12 @@ def quiet() -> None:
 
 def set_threads() -> None:
     """Lets PyTorch use every processor that this process may use."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(cores())
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_everything(seed: int) -> None:
@@ -182,7 +187,7 @@ def machine() -> str:
     """The machine in words: processor or GPU, cores, memory, system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities().get("cpu_name")
-    return f"{name or platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+    return f"{name or platform.machine()}, {cores()} cores, {memory:.0f} GiB, {platform.system()}"
 
 
 def git_commit() -> str:
