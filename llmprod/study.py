@@ -38,10 +38,11 @@ def defaults() -> dict[str, object]:
 
     Beside them: `experiment` (a name in `experiments.EXPERIMENTS`), `split` (where it is scored), `change` (a name for
     a setting, to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit
-    library, for each text), `acquisition` (of active learning).
+    library, for each text), `acquisition` (of active learning), and four of `13_recommendation`.
     """
     more = {"experiment": "finetune", "split": "test", "change": "", "robust_texts": 0, "pairs": 20}
     more["acquisition"] = "random"
+    more |= {"protocol": "", "candidates": 0, "folds": 0, "tower_steps": 0}
     return {"dataset": runner.declared("01_data")["dataset"]} | runner.declared("02_finetune") | more
 
 
@@ -103,7 +104,8 @@ def run(name: str, experiments: Mapping[str, Callable[[dict], dict]]) -> int:
     for k, parameters in (bar := tqdm(missing, desc=name)):
         bar.set_postfix_str(", ".join(f"{p}={v}" for p, v in parameters.items()))
         everything = defaults() | parameters
-        prepare(everything["dataset"])
+        if "table" in artifacts.entry(everything["dataset"]):  # labelled texts
+            prepare(everything["dataset"])
         started = time.time()
         found = in_process(experiments[everything["experiment"]], everything)
         stamp = {
