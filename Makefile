@@ -59,9 +59,9 @@ report: $(READY)  ## write the report and the generated parts of the READMEs
 bench: $(READY)  ## time training against the plain Trainer, and print ratios
 	$(BIN)/python -m benchmarks.training
 
-reference: $(READY)  ## measure the studies and the reference over SEEDS (hours); goes on where it stopped
+reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours); goes on where it stopped
 	$(LLMPROD) study
-	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS)
+	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS) --notebook '$(NOTEBOOK)'
 
 study: $(READY)  ## run what is missing of STUDY, or of all (notebooks/studies.yaml)
 	$(LLMPROD) study $(STUDY)

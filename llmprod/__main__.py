@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     reference = commands.add_parser("reference", help="measure the reference over seeds", parents=[with_profile])
     reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    reference.add_argument("--notebook", default="", help="measure only this one and what it needs; all others stay")
     command("study", "run what is missing of the studies in notebooks/studies.yaml").add_argument("names", nargs="*")
     command("pin", "write the commit that Colab installs into the notebooks' first cell")
     command("sync", "upload offline W&B runs")
@@ -107,7 +108,7 @@ def write_report(options: argparse.Namespace) -> int:
 def measure_reference(options: argparse.Namespace) -> int:
     from llmprod import runner
 
-    print(runner.measure_reference(options.profile, options.seeds))
+    print(runner.measure_reference(options.profile, options.seeds, options.notebook))
     return write_report(options)
 
 

@@ -159,7 +159,7 @@ def last_out(taken: pd.DataFrame, seed: int = 0) -> tuple[pd.DataFrame, pd.DataF
     """Each user's last interaction tests (of several at one moment, the last in the table)."""
     last = taken.sort_values("time", kind="stable").groupby("user").tail(1).index
     last = last.intersection(taken.index[taken.groupby("user")["item"].transform("count") > 1])
-    return taken.drop(last), taken.loc[last]
+    return taken.drop(last), taken.loc[last.sort_values()]
 
 
 def cold_items(taken: pd.DataFrame, seed: int = 0, share: float = 0.2) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -268,7 +268,13 @@ def repository() -> str:
 
 def update_readme(path: Path, language: str) -> str:
     """A README's text with its generated parts, `<!-- generated: name -->` to `<!-- end -->`, written anew."""
-    blocks = {"badges": badges, "notebooks": notebook_table, "results": result_table, "studies": study_table}
+    blocks = {
+        "badges": badges,
+        "notebooks": notebook_table,
+        "results": result_table,
+        "studies": study_table,
+        "recommendation": recommendation_table,
+    }
 
     def renew(match: re.Match) -> str:
         return f"<!-- generated: {match[1]} -->\n{blocks[match[1]](language)}\n<!-- end -->"
@@ -362,6 +368,41 @@ def study_table(language: str) -> str:
         )
     order = [0, 5, 10, everything]
     rows.sort(key=lambda row: order.index(row[0]))
+    return markdown(pd.DataFrame(rows, columns=heads))
+
+
+RECOMMENDERS = ("hybrid", "hybrid without text", "EASE", "iALS", "recent popularity", "popularity")
+
+
+def recommendation_table(language: str) -> str:
+    """MovieLens-100K by two protocols, from the study of recommendation, beside published figures."""
+    from llmprod import study  # which needs this module
+
+    here, missing, heads = {
+        "en": (
+            "this repository",
+            "Not measured yet.",
+            ["method", "nDCG, time", "nDCG, within items", "precision", "source"],
+        ),
+        "zh": ("本仓库", "尚未测量。", ["方法", "nDCG，按时间", "nDCG，物品内随机", "精确率", "来源"]),
+    }[language]
+    metrics = [f"{method}, {metric}" for method in RECOMMENDERS for metric in ("nDCG", "precision")]
+    shown = study.styled(study.means("recommendation", ["protocol"], metrics))
+    if not {"time", "within items"} <= set(shown.index):
+        return missing
+    rows = [
+        [
+            f"**{method}**" if method == "hybrid" else method,
+            shown.loc["time", f"{method}, nDCG"],
+            shown.loc["within items", f"{method}, nDCG"],
+            shown.loc["within items", f"{method}, precision"],
+            here,
+        ]
+        for method in RECOMMENDERS
+    ]
+    for item in published("13_recommendation", {"dataset": "movielens-100k"}):
+        source = f"{item['source']}; {item['protocol']}"
+        rows.append([item["method"], "", f"{item['value']:.4g}", f"{item['precision']:.4g}", source])
     return markdown(pd.DataFrame(rows, columns=heads))
 
 

@@ -288,13 +288,14 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
     return paths.RUNS / (name if len(name) < 80 else f"{name[:70]}-{digest}")
 
 
-def measure_reference(profile_name: str, seeds: list[int]) -> Path:
+def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -> Path:
     """Runs the pipeline for every seed (those done are skipped), and writes `reports/reference/<profile>.json`.
 
     Then runs the profile itself and keeps its executed notebooks and figures beside the file, to be read; they end
-    with their verdict.
+    with their verdict. With `notebook` only that one and what it needs are measured, and the others' numbers stay.
     """
-    notebooks = list(report.pipeline())
+    everything = list(report.pipeline())
+    notebooks = with_upstream(notebook) if notebook else everything
     folders = {seed: paths.RUNS / "reference" / profile_name / f"seed-{seed}" for seed in seeds}
     for seed, folder in folders.items():
         print(f"seed {seed}", flush=True)
@@ -302,12 +303,15 @@ def measure_reference(profile_name: str, seeds: list[int]) -> Path:
     found = {seed: report.results(folder) for seed, folder in folders.items()}
     target = paths.REFERENCE / f"{profile_name}.json"
     summaries = {name: report.summarise([found[seed][name] for seed in seeds]) for name in notebooks}
-    report.write_json(target, {"profile": profile_name, "seeds": seeds, "notebooks": summaries})
+    if notebook:
+        summaries = report.reference(profile_name) | summaries
+    measured = {name: summaries[name] for name in everything if name in summaries}
+    report.write_json(target, {"profile": profile_name, "seeds": seeds, "notebooks": measured})
     shown, shelf = paths.REPORTS / profile_name, paths.REFERENCE / profile_name
-    run(notebooks, profile_name, {}, shown)
+    run(everything, profile_name, {}, shown)
     report.build(shown)
     shutil.rmtree(shelf, ignore_errors=True)
     shutil.copytree(shown / "figures", shelf / "figures")
-    for name in (*(f"{notebook}.ipynb" for notebook in notebooks), "README.md"):
+    for name in (*(f"{name}.ipynb" for name in everything), "README.md"):
         shutil.copyfile(shown / name, shelf / name)
     return target

@@ -1,0 +1,207 @@
+"""The catalogue, the protocols, the models and the learned ranking, on MovieLens-100K and on small tables by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llmprod import data, models, ranking, recommend
+
+
+@pytest.fixture(scope="module")
+def catalogue():
+    return recommend.load()
+
+
+@pytest.fixture(scope="module")
+def small(catalogue):
+    return recommend.subset(catalogue, 200, seed=0)
+
+
+def table(rows: str) -> pd.DataFrame:
+    """Interactions by hand: "user item time" in each line."""
+    parts = [line.split() for line in rows.strip().splitlines()]
+    return pd.DataFrame(parts, columns=["user", "item", "time"]).astype(int).assign(rating=np.nan)
+
+
+# Data
+
+
+def test_movielens_is_whole(catalogue):
+    assert catalogue.shape == (943, 1682) and len(catalogue.interactions) == 100_000
+    assert catalogue.items["text"][0] == "Toy Story (1995). Animation Children's Comedy."
+    first = catalogue.interactions.iloc[0]  # the first line of the file: user 196 gave film 242 three stars
+    assert (catalogue.users["user"][first["user"]], catalogue.items["item"][first["item"]]) == (196, 242)
+
+
+def test_subset_keeps_who_took_what(catalogue, small):
+    assert small.shape[0] == 200 and small.shape[1] < 1682
+
+    def pairs(c):
+        names = c.users["user"].to_numpy()[c.interactions["user"]], c.items["title"].to_numpy()[c.interactions["item"]]
+        return set(zip(*names, strict=True))
+
+    some = set(small.users["user"])
+    assert pairs(small) == {(user, title) for user, title in pairs(catalogue) if user in some}
+    assert recommend.subset(catalogue, 0, seed=0) is catalogue
+
+
+def test_own_tables(tmp_path):
+    (tmp_path / "taken.csv").write_text("user,item\nann,tea\nann,cup\nbob,tea\nann,tea\n")
+    (tmp_path / "items.csv").write_text("item,text\ntea,Green tea\ncup,A cup\n")
+    mine = recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+    assert mine.shape == (2, 2) and len(mine.interactions) == 3, "a repeat counts once"
+    assert mine.items["title"].tolist() == ["Green tea", "A cup"]
+    with pytest.raises(recommend.RecommendError, match="needs a time"):
+        recommend.split(mine.interactions, "time")
+    assert len(recommend.split(mine.interactions, "within items")) == 2
+
+
+@pytest.mark.parametrize(
+    ("taken", "items", "message"),
+    [
+        ("user,thing\na,b\n", "item,text\nb,B\n", "no column item"),
+        ("user,item\na,b\n", "item,name\nb,B\n", "no column text"),
+        ("user,item\na,c\n", "item,text\nb,B\n", "1 items are not in .*'c'"),
+        ("user,item\na,b\n", "item,text\nb,B\nb,C\n", "'b' stands twice"),
+    ],
+)
+def test_bad_tables_get_one_clear_error(tmp_path, taken, items, message):
+    (tmp_path / "taken.csv").write_text(taken)
+    (tmp_path / "items.csv").write_text(items)
+    with pytest.raises(recommend.RecommendError, match=message):
+        recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+
+
+def test_other_bad_input(tmp_path):
+    with pytest.raises(recommend.RecommendError, match="holds no interactions"):
+        recommend.load("reuters-r8")
+    with pytest.raises(recommend.RecommendError, match="set items_file"):
+        recommend.load(str(tmp_path / "taken.csv"))
+    with pytest.raises(data.DataError, match="no such file"):
+        recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+    with pytest.raises(recommend.RecommendError, match="protocol is 'random'"):
+        recommend.split(table("0 0 1"), "random")
+
+
+# Protocols
+
+
+def test_by_time_no_test_lies_before_training():
+    train, test = recommend.split(table("0 0 1\n0 1 2\n1 0 3\n1 1 4"), "time")
+    assert train["time"].tolist() == [1, 2, 3] and test["time"].tolist() == [4]
+
+
+def test_last_out_takes_each_users_last_and_leaves_a_past():
+    train, test = recommend.split(table("0 0 5\n0 1 9\n0 2 7\n1 3 1\n2 1 4\n2 0 3"), "last")
+    assert test[["user", "item"]].values.tolist() == [[0, 1], [2, 1]], "user 1 took one item, which stays"
+    assert len(train) == 4
+
+
+def test_within_items_keeps_three_quarters_of_each_item():
+    rows = "\n".join(f"{user} {item} 0" for item, users in enumerate((4, 8, 1)) for user in range(users))
+    train, test = recommend.split(table(rows), "within items", seed=0)
+    assert train["item"].value_counts().to_dict() == {1: 6, 0: 3}
+    assert test["item"].value_counts().to_dict() == {1: 2, 0: 1, 2: 1}, "the last of one lies past three quarters"
+    again = recommend.split(table(rows), "within items", seed=9)[0]
+    pd.testing.assert_frame_equal(train, again)  # the benchmark's seed, whatever ours is
+
+
+def test_cold_items_are_never_seen(catalogue):
+    train, test = recommend.split(catalogue.interactions, "cold", seed=3)
+    assert not set(train["item"]) & set(test["item"])
+    assert test["item"].nunique() == round(0.2 * 1682) and len(train) + len(test) == 100_000
+
+
+@pytest.mark.parametrize("protocol", ["time", "within items"])
+def test_folds_hold_out_what_their_first_stage_does_not_see(small, protocol):
+    train, _ = recommend.split(small.interactions, protocol)
+    for before, after in recommend.out_of_fold(train, protocol, 3, seed=0):
+        assert len(before) and len(after) and not set(before.index) & set(after.index)
+        assert set(before.index) | set(after.index) <= set(train.index)
+        if protocol == "time":
+            assert before["time"].max() < after["time"].min()
+
+
+# Models
+
+
+def test_ease_is_the_minimum_that_it_claims(small):
+    """No small change of the weights that keeps the diagonal at zero lowers ‖X - XB‖² + λ‖B‖²."""
+    taken = recommend.matrix(small.interactions, small.shape)
+    taken = taken[:, np.argsort(-np.asarray(taken.sum(axis=0)).ravel())[:40]]
+    weights, strength, rows = recommend.ease(taken), 400 * taken.nnz / 75_000, taken.toarray()
+    assert np.allclose(np.diag(weights), 0)
+
+    def objective(candidate):
+        return ((rows - rows @ candidate) ** 2).sum() + strength * (candidate**2).sum()
+
+    least, random = objective(weights), np.random.default_rng(0)
+    for _ in range(20):
+        step = random.normal(0, 1e-3, weights.shape)
+        np.fill_diagonal(step, 0)
+        assert objective(weights + step) > least
+
+
+def test_ease_on_the_benchmark_split(catalogue):
+    """What others can check: nDCG@10 and precision@10 of EASE by the recommenders protocol."""
+    train, test = recommend.split(catalogue.interactions, "within items")
+    taken = recommend.matrix(train, catalogue.shape)
+    lists = ranking.top(taken @ recommend.ease(taken), 10, taken)
+    found = ranking.per_user(lists, recommend.matrix(test, catalogue.shape)).mean()
+    assert found["nDCG"] == pytest.approx(0.4858, abs=0.0005) and found["precision"] == pytest.approx(
+        0.4238, abs=0.0005
+    )
+
+
+def test_recent_popularity_is_that_of_the_users_days():
+    rows = [f"{user} 0 {user * 86400}" for user in range(5)] + [f"{user} 1 {user * 86400}" for user in range(200, 205)]
+    found = recommend.recent(table("\n".join(rows)), (300, 2))
+    assert found[0, 0] > 10 * found[0, 1] and found[202, 1] > 10 * found[202, 0]
+    np.testing.assert_allclose(found[299], found[204], rtol=1e-6)  # a new user: the end of training
+
+
+def test_learned_ranking_beats_chance_and_repeats(small):
+    train, test = recommend.split(small.interactions, "within items")
+    taken, relevant = recommend.matrix(train, small.shape), recommend.matrix(test, small.shape)
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(small.shape[1], 16)))[0]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def rank():
+        taught = recommend.examples(train, small, vectors, "within items", 2, 40, seed=0)
+        scores = recommend.first_stage(train, small, vectors, seed=0)
+        known, chosen = recommend.features(train, small, scores), recommend.retrieve(scores, taken, 40)
+        ranker = recommend.teach(taught, list(known), seed=0)
+        return recommend.spread(ranker.scores(known, chosen), chosen, small.shape), ranker
+
+    (ranked, ranker), (again, _) = rank(), rank()
+    np.testing.assert_array_equal(ranked, again)
+    lists = ranking.top(ranked, 10, taken)
+    assert not any(taken[user, item] for user in range(len(lists)) for item in lists[user])
+    chance = ranking.top(np.random.default_rng(0).random(small.shape), 10, taken)
+    learnt, random = (ranking.per_user(found, relevant)["nDCG"].mean() for found in (lists, chance))
+    assert learnt > 3 * random
+    assert ranker.importance().sum() == pytest.approx(1)
+
+
+def test_features_do_not_depend_on_the_size_of_scores():
+    candidates = np.array([[0, 1, 2]])
+    one = recommend.stack({"EASE": np.array([[1.0, 2.0, 4.0]])}, candidates)
+    np.testing.assert_allclose(one, recommend.stack({"EASE": np.array([[11.0, 21.0, 41.0]])}, candidates), atol=1e-5)
+
+
+def test_tower_learns_from_who_took_what(small):
+    """After a few steps, texts of items that the same people take lie nearer than before, and the loss has fallen."""
+    texts = small.items["text"].tolist()
+    train, test = recommend.split(small.interactions, "cold", seed=0)
+    taken, relevant = (recommend.matrix(part, small.shape) for part in (train, test))
+    encoder, tokenizer, losses = recommend.learn_tower(texts, taken, steps=8, items=48, max_length=16, progress=False)
+    assert len(losses) == 8
+    before = recommend.centred(models.embed("minilm", texts, 16))
+    after = recommend.centred(recommend.encode(encoder, tokenizer, texts))
+    scores = recommend.cold_start(train, small, {"before": before, "after": after}, seed=0)
+    cold = np.setdiff1d(test["item"], train["item"])
+    nDCG = {
+        name: ranking.per_user(cold[ranking.top(values[:, cold], 10)], relevant)["nDCG"].mean()
+        for name, values in scores.items()
+    }
+    assert nDCG["after"] > nDCG["before"] > nDCG["random"]
