@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, artifacts, data, models, ranking
+from llmprod import LLMProdError, artifacts, data, models, ranking, track
 
 DAY = 86400
 
@@ -302,7 +302,8 @@ def genre_shares(items: pd.DataFrame) -> np.ndarray:
 
 def first_stage(train: pd.DataFrame, catalogue: Catalogue, vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The scores of every model (users, items), by its name; where a user has no past, popularity decides."""
-    taken, weights = matrix(train, catalogue.shape), ease(matrix(train, catalogue.shape))
+    taken = matrix(train, catalogue.shape)
+    weights = ease(taken)
     liked = matrix(train[train["rating"].isna() | (train["rating"] >= 4)], catalogue.shape)
     popular = np.broadcast_to(np.asarray(taken.sum(axis=0)), catalogue.shape)
     scores = {
@@ -521,8 +522,6 @@ def learn_tower(
 
     Returns encoder, tokenizer, and the loss of each step.
     """
-    from llmprod import track
-
     device, precision, _ = models.device_and_precision(precision)
     track.seed_everything(seed)
     encoder, tokenizer = models.load_classifier(model, ["none"], dropout=0.0)

@@ -155,7 +155,7 @@ def test_reference_covers_the_pipeline_over_seeds():
 def test_nonsense_drifts_from_every_reference(notebook, name):
     """Zero, where a score is right when it is high; twice the mean and one for the rest, which may be near zero."""
     item = report.reference("cpu")[notebook]
-    high = re.search("accuracy|F1|AUROC", name)
+    high = re.search("accuracy|F1|AUROC|nDCG|precision@k", name)
     value = 0.0 if high else 2 * item["metrics"][name]["mean"] + 1
     nonsense = {"metrics": {name: {"value": value}}, "protocol": item["protocol"]}
     assert report.judge(nonsense, item, item["metrics"][name], value)["verdict"] == "DRIFTED"
@@ -204,7 +204,9 @@ def test_report_pages_of_a_run(smoke_run):
 def test_generated_parts_of_the_readme_were_not_edited(name, language):
     path = paths.ROOT / name
     assert report.update_readme(path, language) == path.read_text(), "run make report"
-    assert {"badges", "notebooks", "results"} <= set(re.findall(r"<!-- generated: (\w+) -->", path.read_text()))
+    assert {"badges", "notebooks", "results", "studies", "recommendation"} <= set(
+        re.findall(r"<!-- generated: (\w+) -->", path.read_text())
+    )
 
 
 def test_published_figures_stand_beside_ours():
