@@ -3,6 +3,7 @@
 PROFILE  ?= cpu
 NOTEBOOK ?=
 STUDY    ?=
+BENCH    ?= training
 PARAMS   ?=
 SEEDS    ?= 0 1 2
 PYTHON   ?= python3
@@ -23,7 +24,7 @@ LLMPROD = $(BIN)/python -m llmprod
 .PHONY: help setup reproduce test run smoke verify report bench reference study lab lint pin sync clean
 
 help:  ## explain the targets
-	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods"
+	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything, pinned
@@ -56,8 +57,8 @@ verify: $(READY)  ## print the verdict on what was run
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile $(PROFILE)
 
-bench: $(READY)  ## time training against the plain Trainer, and print ratios
-	$(BIN)/python -m benchmarks.training
+bench: $(READY)  ## time BENCH (training, monitor or recommendation) against its peers, and print ratios
+	$(BIN)/python -m benchmarks.$(BENCH)
 
 reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours); goes on where it stopped
 	$(LLMPROD) study

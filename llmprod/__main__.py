@@ -32,6 +32,28 @@ def main(arguments: list[str] | None = None) -> int:
     reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     reference.add_argument("--notebook", default="", help="measure only this one and what it needs; all others stay")
     command("study", "run what is missing of the studies in notebooks/studies.yaml").add_argument("names", nargs="*")
+    journal = argparse.ArgumentParser(add_help=False)
+    journal.add_argument("--journal", default="", help="the monitor's memory; runs/monitor/journal.sqlite by default")
+    text = "watch a stream of documents and warn when negative ones surge"
+    watch = commands.add_parser("monitor", help=text, description=text, parents=[journal])
+    watch.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        help="a feed's address, a file or folder that grows, or -; repeatable",
+    )
+    watch.add_argument(
+        "--alert", action="append", help="console (default), wandb, a webhook's address, or a file.jsonl (repeatable)"
+    )
+    watch.add_argument("--models", default="", help="what 12_financial_sentiment saved; by default in profile cpu")
+    watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
+    watch.add_argument("--lateness", type=float, default=3600.0, help="seconds that a document may come late")
+    watch.add_argument("--pause", type=float, default=5.0, help="seconds to wait where nothing came")
+    text = "list the monitor's alerts; acknowledge and judge them; write the texts behind judged ones"
+    alerts = commands.add_parser("alerts", help=text, description=text, parents=[journal])
+    for option in ("acknowledge", "right", "wrong"):
+        alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
+    alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
     command("pin", "write the commit that Colab installs into the notebooks' first cell")
     command("sync", "upload offline W&B runs")
     options = parser.parse_args(arguments)
@@ -120,6 +142,45 @@ def run_studies(options: argparse.Namespace) -> int:
     return 0
 
 
+def monitor_stream(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from llmprod import monitor, stream, track
+    from llmprod.journal import Journal
+
+    track.set_threads()
+    track.quiet()
+    sources = [stream.open_source(word) for word in options.source]
+    channels = [monitor.open_channel(word) for word in options.alert or ["console"]]
+    scorer = monitor.Scorer(Path(options.models) if options.models else monitor.default_models())
+    with Journal(monitor.journal_file(options.journal)) as journal:
+        watching = monitor.Monitor(scorer, journal, scorer.detector, channels, options.lateness)
+        counts = monitor.run(watching, sources, options.once, options.pause)
+    print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
+    return 0
+
+
+def judge_alerts(options: argparse.Namespace) -> int:
+    from llmprod import monitor, report
+    from llmprod.journal import Journal
+
+    with Journal(monitor.journal_file(options.journal), shared=True) as journal:
+        for alert in options.acknowledge:
+            journal.acknowledge(alert)
+        for right, names in ((True, options.right), (False, options.wrong)):
+            for alert in names:
+                journal.judge(alert, right)
+        if options.export:
+            monitor.judged(journal).to_csv(options.export, index=False)
+        found = journal.alerts()
+    if found.empty:
+        print("no alerts yet")
+    else:
+        shown = ["id", "key", "severity", "count", "acknowledged", "right"]
+        print(report.markdown(found[shown].astype(object).fillna("")))
+    return 0
+
+
 def pin(options: argparse.Namespace) -> int:
     from llmprod import notebooks
 
@@ -142,6 +203,8 @@ COMMANDS = {
     "report": write_report,
     "reference": measure_reference,
     "study": run_studies,
+    "monitor": monitor_stream,
+    "alerts": judge_alerts,
     "pin": pin,
     "sync": sync,
 }

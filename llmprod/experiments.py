@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.special import softmax
 from llmprod import (
     artifacts,
     data,
+    entities,
     evaluate,
     feedback,
     fewshot,
@@ -21,6 +22,7 @@ from llmprod import (
     recommend,
     robust,
     runner,
+    sentiment,
     study,
     track,
 )
@@ -188,10 +190,165 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
     }
 
 
+def training_of(parameters: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of `sentiment.learn` among a run's parameters."""
+    names = ("model", "layers", "epochs", "max_length", "batch_tokens", "learning_rate", "precision", "seed")
+    return {name: parameters[name] for name in names} | {"progress": False}
+
+
+def rating(parameters: Mapping[str, object]) -> dict:
+    """Sentiment as a number, learnt on half of a domain: Pearson r and F1 on the other half, and on other domains."""
+    track.set_threads()
+    track.quiet()
+    table = sentiment.load(parameters["dataset"], parameters["part"])
+    train, validation, test = sentiment.halves(table, parameters["seed"], parameters["by"] or "text")
+    started = time.perf_counter()
+    task = sentiment.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
+    learnt = sentiment.learn([task], **training_of(parameters))
+    seconds = time.perf_counter() - started
+
+    def rate(texts: Sequence[str]) -> np.ndarray:
+        return sentiment.predict(*learnt, list(texts), parameters["precision"])["sentiment"]
+
+    low, high = sentiment.thresholds(rate(validation["text"]), validation["sentiment"])
+    shown = validation if parameters["split"] == "validation" else test
+    metrics, started = {}, time.perf_counter()
+    found = rate(shown["text"])
+    speed = len(shown) / (time.perf_counter() - started)
+    metrics |= sentiment.scores(shown, found, sentiment.to_class(found, low, high))
+    others = [d for d in sentiment.DOMAINS if d != (parameters["part"] or "nyt")] if parameters["transfer"] else []
+    for domain in others:
+        other = sentiment.halves(sentiment.load(part=domain), parameters["seed"])[2]
+        metrics[f"r on {domain}"] = float(np.corrcoef(rate(other["text"]), other["rating"])[0, 1])
+    return {"metrics": metrics, "speeds": {"training, s": seconds, "inference, texts/s": speed}}
+
+
+def ten_fold(parameters: Mapping[str, object]) -> dict:
+    """One fold of ten, stratified, of Financial PhraseBank; the fold's number is the seed."""
+    from sklearn.model_selection import StratifiedKFold
+
+    track.set_threads()
+    track.quiet()
+    table = sentiment.load(parameters["dataset"], parameters["part"])
+    folds = StratifiedKFold(10, shuffle=True, random_state=0).split(table, table["sentiment"])
+    train, test = (table.iloc[rows] for rows in list(folds)[parameters["seed"]])
+    started = time.perf_counter()
+    task = sentiment.Task("sentiment", train["text"].tolist(), train["sentiment"].to_numpy(), sentiment.CLASSES)
+    learnt = sentiment.learn([task], **training_of(parameters))
+    seconds = time.perf_counter() - started
+    probabilities = sentiment.predict(*learnt, test["text"].tolist(), parameters["precision"])["sentiment"]
+    return {
+        "metrics": evaluate.summary(test["sentiment"].to_numpy(), probabilities),
+        "speeds": {"training, s": seconds},
+    }
+
+
+def heads(parameters: Mapping[str, object]) -> dict:
+    """Topic of newswire and sentiment of editorials: one encoder with two heads, or an encoder for each.
+
+    `change` is "two encoders" or "one encoder".
+    """
+    track.set_threads()
+    track.quiet()
+    splits, labels, _ = prepared("reuters-r8")
+    train, validation, test = sentiment.halves(sentiment.load(), parameters["seed"])
+    topics = sentiment.Task("topic", list(splits["train"]["text"]), np.array(splits["train"]["label"]), labels)
+    feeling = sentiment.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
+    together = [[topics, feeling]] if parameters["change"] == "one encoder" else [[topics], [feeling]]
+    started = time.perf_counter()
+    learnt = [sentiment.learn(tasks, **training_of(parameters)) for tasks in together]
+    seconds = time.perf_counter() - started
+
+    def say(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        answers = [sentiment.predict(*one, list(texts), parameters["precision"]) for one in learnt]
+        return {task: value for answer in answers for task, value in answer.items()}
+
+    rows = splits["validation" if parameters["split"] == "validation" else "test"]
+    rated = validation if parameters["split"] == "validation" else test
+    started = time.perf_counter()
+    topic = say(rows["text"])["topic"]
+    newswire = len(rows) / (time.perf_counter() - started)
+    started = time.perf_counter()
+    ratings = say(rated["text"])["sentiment"]
+    sentences = len(rated) / (time.perf_counter() - started)
+    return {
+        "metrics": {
+            "topic accuracy": evaluate.accuracy(np.array(rows["label"]), topic.argmax(axis=1)),
+            "sentiment r": float(np.corrcoef(rated["rating"], ratings)[0, 1]),
+            "parameters": sum(p.numel() for classifier, _ in learnt for p in classifier.parameters()),
+        },
+        "speeds": {
+            "training, s": seconds,
+            "both answers, newswire texts/s": newswire,
+            "both answers, sentences/s": sentences,
+            "peak memory, MB": track.peak_memory_mb(),
+        },
+    }
+
+
+def weak_labels(parameters: Mapping[str, object]) -> dict:
+    """Sentiment without labels: lexicons, votes combined, and an encoder that learns from what they say.
+
+    All are scored on the same test texts; no label is used to train or to choose.
+    """
+    track.set_threads()
+    track.quiet()
+    table = sentiment.load(parameters["dataset"], parameters["part"])
+    train, _, test = sentiment.halves(table, parameters["seed"])
+    voted = {name: sentiment.votes(part["text"]) for name, part in (("train", train), ("test", test))}
+    beliefs = sentiment.combine(voted["train"])
+    task = sentiment.Task("sentiment", train["text"].tolist(), beliefs, sentiment.CLASSES)
+    learnt = sentiment.learn([task], **training_of(parameters))
+    student = sentiment.predict(*learnt, test["text"].tolist(), parameters["precision"])["sentiment"]
+    found = {
+        "VADER": sentiment.vader(test["text"]),
+        "Loughran-McDonald": sentiment.loughran_mcdonald(test["text"]),
+        "votes combined": sentiment.combine(voted["test"]),
+        "encoder taught by votes": student,
+    }
+    metrics = {}
+    for name, value in found.items():
+        numbers = value if value.ndim == 1 else value[:, 2] - value[:, 0]
+        classes = sentiment.to_class(value) if value.ndim == 1 else value.argmax(axis=1)
+        metrics |= {f"{name}, {metric}": v for metric, v in sentiment.scores(test, numbers, classes).items()}
+    return {"metrics": metrics, "speeds": {}}
+
+
+def named_entities(parameters: Mapping[str, object]) -> dict:
+    """Companies in agreements of US companies: rules, a token classifier taught on half of the sentences, both."""
+    track.set_threads()
+    track.quiet()
+    table = entities.load(artifacts.fetch(parameters["dataset"]))
+    table = entities.split(table, parameters["seed"])
+    train, test = (table[table["split"] == name] for name in ("train", parameters["split"]))
+    started = time.perf_counter()
+    settings = {name: parameters[name] for name in ("model", "epochs", "learning_rate", "max_length", "precision")}
+    learnt = entities.learn(train, seed=parameters["seed"], progress=False, **settings)
+    seconds = time.perf_counter() - started
+    rows = [entities.annotated(*row) for row in zip(test["tokens"], test["tags"], strict=True)]
+    texts, truth = [text for text, _ in rows], [found for _, found in rows]
+    answers = {
+        "rules": [entities.by_rules(text) for text in texts],
+        "classifier": entities.find(*learnt, texts, parameters["precision"]),
+        "both": entities.both(*learnt, texts, parameters["precision"]),
+    }
+    metrics = {
+        f"{name}, {metric}": value
+        for name, found in answers.items()
+        for metric, value in entities.score(truth, found).items()
+    }
+    return {"metrics": metrics | {"test sentences": len(test)}, "speeds": {"training, s": seconds}}
+
+
 EXPERIMENTS: dict[str, Callable[[Mapping], dict]] = {
     "active learning": active_learning,
     "finetune": finetuning,
     "setfit": setfit_library,
     "class names": class_names,
     "recommendation": recommendation,
+    "rating": rating,
+    "ten-fold": ten_fold,
+    "heads": heads,
+    "weak labels": weak_labels,
+    "entities": named_entities,
 }

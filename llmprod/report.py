@@ -148,10 +148,10 @@ def differences(mine: Mapping[str, object], theirs: Mapping[str, object], prefix
 
 def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
     """The figures of others for a notebook on the data set of its protocol, or of one that it builds on."""
-    while "dataset" not in protocol:
+    while not (named := [protocol[name] for name in ("ratings", "interactions", "dataset") if name in protocol]):
         protocol = next((value for value in protocol.values() if isinstance(value, Mapping)), {"dataset": ""})
     figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
-    return figures.get(notebook, {}).get(protocol["dataset"], [])
+    return figures.get(notebook, {}).get(named[0], [])
 
 
 def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: list[str]) -> pd.DataFrame:
@@ -274,6 +274,7 @@ def update_readme(path: Path, language: str) -> str:
         "results": result_table,
         "studies": study_table,
         "recommendation": recommendation_table,
+        "sentiment": sentiment_table,
     }
 
     def renew(match: re.Match) -> str:
@@ -400,10 +401,53 @@ def recommendation_table(language: str) -> str:
         ]
         for method in RECOMMENDERS
     ]
-    for item in published("13_recommendation", {"dataset": "movielens-100k"}):
+    for item in published("13_recommendation", {"interactions": "movielens-100k"}):
         source = f"{item['source']}; {item['protocol']}"
         rows.append([item["method"], "", f"{item['value']:.4g}", f"{item['precision']:.4g}", source])
     return markdown(pd.DataFrame(rows, columns=heads))
+
+
+def sentiment_table(language: str) -> str:
+    """Sentiment of editorials and of financial news, from the studies, beside published figures."""
+    from llmprod import study  # which needs this module
+
+    here, missing, heads = {
+        "en": (
+            "this repository",
+            "Not measured yet.",
+            ["method", "editorials, r", "F1", "news, accuracy", "macro-F1", "all agree", "macro-F1", "source"],
+        ),
+        "zh": (
+            "本仓库",
+            "尚未测量。",
+            ["方法", "社论，r", "F1", "财经新闻，准确率", "宏平均 F1", "标注一致，准确率", "宏平均 F1", "来源"],
+        ),
+    }[language]
+    editorials = study.means("sentiment", ["by", "layers"], ["r", "weighted F1"])
+    if editorials.empty:
+        return missing
+    editorials = study.styled(editorials)
+    news = study.means("phrasebank", ["part"], ["accuracy", "macro-F1"])
+    news = study.styled(news) if len(news) else pd.DataFrame(index=[], columns=["accuracy", "macro-F1"])
+
+    def of_news(part: str) -> list[str]:
+        return news.loc[part].tolist() if part in news.index else ["", ""]
+
+    rows = [["**MiniLM, fine-tuned (22.7 M parameters)**", *editorials.loc[("text", 0)]]]
+    rows[0] += [*of_news("50Agree"), *of_news("AllAgree"), here]
+    for (by, layers), row in editorials.iterrows():
+        if (by, layers) != ("text", 0):
+            name = f"MiniLM, {layers} layers" if layers else "MiniLM, no article on both sides of the split"
+            rows.append([name, *row, "", "", "", "", here])
+    figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))["12_financial_sentiment"]
+    for item in figures["sentiment-human"]:
+        r = item["value"] if item["metric"].startswith("sentiment r") else ""
+        rows.append([item["method"], r, item.get("f1", item["value"]), "", "", "", ""])
+        rows[-1].append(f"{item['source']}; {item['protocol']}")
+    for item in figures["financial-phrasebank"]:
+        rows.append([item["method"], "", "", *(item[name] for name in ("value", "f1", "value_all", "f1_all"))])
+        rows[-1].append(f"{item['source']}; {item['protocol']}")
+    return markdown(pd.DataFrame(rows, columns=heads).astype(str))
 
 
 def spread(metric: Mapping[str, object]) -> str:

@@ -204,7 +204,7 @@ def test_report_pages_of_a_run(smoke_run):
 def test_generated_parts_of_the_readme_were_not_edited(name, language):
     path = paths.ROOT / name
     assert report.update_readme(path, language) == path.read_text(), "run make report"
-    assert {"badges", "notebooks", "results", "studies", "recommendation"} <= set(
+    assert {"badges", "notebooks", "results", "studies", "recommendation", "sentiment"} <= set(
         re.findall(r"<!-- generated: (\w+) -->", path.read_text())
     )
 

@@ -1,0 +1,110 @@
+"""Documents a second through the whole monitor, from a growing file or a feed to the alert, by size of the encoder.
+
+    python -m benchmarks.monitor [--documents 2000] [--layers 6 3 2]
+
+Speed does not depend on what the weights are, so that the encoders here are not trained; what fewer layers cost in
+accuracy is in the study `heads`. One encoder has both heads, topic and sentiment. The ratio is to the encoder alone,
+called on all texts at once.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pandas as pd
+
+from llmprod import data, models, monitor, report, sentiment, stream, track
+from llmprod.journal import Journal
+
+HEADS = [
+    "sentiment",
+    *(f"topic: {name}" for name in ("acq", "crude", "earn", "grain", "interest", "money", "ship", "trade")),
+]
+
+
+def saved(folder: Path, layers: int, max_length: int) -> Path:
+    """An encoder of so many layers with two heads, as `monitor.Scorer` reads it."""
+    classifier, tokenizer = models.load_classifier("minilm", HEADS, dropout=0.0)
+    del classifier.encoder.encoder.layer[layers:]
+    classifier.config.num_hidden_layers = layers
+    tokenizer.model_max_length = max_length
+    negative = sentiment.Negative(-3.0, 0.0, 0.5)
+    monitor.save_models(folder, None, (classifier, tokenizer), negative, (-0.1, 0.1), {"threshold": 3.0}, {}, "speed")
+    return folder
+
+
+class OneFeed(BaseHTTPRequestHandler):
+    """Serves `server.body`."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *args):
+        pass
+
+
+def through(scorer: monitor.Scorer, source: stream.Source, folder: Path, documents: int) -> float:
+    """Documents a second from the source to the alerts' file."""
+    with Journal(folder / "journal.sqlite") as journal:
+        watching = monitor.Monitor(scorer, journal, scorer.detector, [monitor.Log(folder / "alerts.jsonl")], 0.0)
+        started = time.perf_counter()
+        while watching.counts["documents"] + watching.counts["repeats"] < documents:
+            watching.step([source])
+        watching.step([], last=True)
+        return documents / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Prints one row for each kind of text, source and size."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--documents", type=int, default=2000)
+    options.add_argument("--layers", type=int, nargs="+", default=[6, 3, 2])
+    options = options.parse_args()
+    track.set_threads()
+    track.quiet()
+    wire = data.load("reuters-r8")
+    kinds = {
+        "sentences": (sentiment.load()["text"].drop_duplicates().head(options.documents).tolist(), 64),
+        "newswire": (wire["text"].drop_duplicates().head(options.documents).tolist(), 128),
+    }
+    rows = []
+    for kind, (texts, max_length) in kinds.items():
+        lines = "".join(json.dumps({"id": str(i), "time": 1e9 + i, "text": t}) + "\n" for i, t in enumerate(texts))
+        items = "".join(
+            f"<item><guid>{i}</guid><title/><description>{escape(t)}</description></item>" for i, t in enumerate(texts)
+        )
+        for layers in options.layers:
+            with tempfile.TemporaryDirectory() as folder:
+                folder = Path(folder)
+                scorer = monitor.Scorer(saved(folder / "models", layers, max_length))
+                models.predict(*scorer.feelings, texts[:64])
+                started = time.perf_counter()
+                models.predict(*scorer.feelings, texts)
+                alone = len(texts) / (time.perf_counter() - started)
+                (folder / "in.jsonl").write_text(lines, encoding="utf-8")
+                server = HTTPServer(("127.0.0.1", 0), OneFeed)
+                server.body = f"<rss version='2.0'><channel>{items}</channel></rss>".encode()
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                sources = {
+                    "file": stream.Tail(folder / "in.jsonl"),
+                    "feed": stream.Feed(f"http://127.0.0.1:{server.server_port}/", deadline=120),
+                }
+                for name, source in sources.items():
+                    (folder / name).mkdir()
+                    speed = through(scorer, source, folder / name, len(texts))
+                    rows.append([kind, layers, name, f"{alone:.0f}", f"{speed:.0f}", f"{speed / alone:.2f}"])
+                server.shutdown()
+    heads = ["texts", "layers", "source", "encoder alone, documents/s", "whole monitor, documents/s", "ratio"]
+    print(track.machine())
+    print(report.markdown(pd.DataFrame(rows, columns=heads)))
+
+
+if __name__ == "__main__":
+    main()

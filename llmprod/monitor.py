@@ -1,0 +1,368 @@
+"""The monitor: scores a stream of documents, watches each topic and company for surges of negatives, and warns."""
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import requests
+from tqdm.auto import tqdm
+
+from llmprod import LLMProdError, entities, models, paths, report, sentiment, surge
+from llmprod.journal import Journal, new_documents, ready
+from llmprod.stream import Document
+
+
+class MonitorError(LLMProdError):
+    """A monitor can't start or go on as it was asked to."""
+
+
+# The model: what `12_financial_sentiment` saves, and what reads it
+
+
+def save_models(
+    folder: Path,
+    topics: tuple | None,
+    feelings: tuple,
+    negative: sentiment.Negative,
+    thresholds: tuple[float, float],
+    detector: dict[str, float],
+    reference: dict[str, list],
+    card: str,
+) -> None:
+    """Writes what a monitor needs into a folder.
+
+    Args:
+        topics: (classifier, tokenizer) that tells topics; None where the other one has a head for them
+        feelings: (classifier, tokenizer) with a head "sentiment" that gives a rating
+        negative, thresholds: from validation texts, see `sentiment.calibrate` and `sentiment.thresholds`
+        detector: `threshold` of `surge.Cusum`, others of its settings, and `shares`: topic -> first baseline
+        reference: what drift is measured against: "length" (words), "rating" and "topic" of held-out texts
+        card: the model card
+    """
+    models.save_checkpoint(*feelings, folder / "sentiment", card)
+    if topics:
+        models.save_checkpoint(*topics, folder / "topics", card)
+    settings = {"negative": asdict(negative), "thresholds": list(thresholds), "detector": detector}
+    settings["reference"] = reference
+    report.write_json(folder / "monitor.json", settings)
+
+
+def default_models() -> Path:
+    """Where `12_financial_sentiment` leaves the models in the profile cpu."""
+    return paths.REPORTS / "cpu" / "work" / "12_financial_sentiment" / "models"
+
+
+def journal_file(name: str = "") -> Path:
+    """The monitor's memory: a file of that name, by default one under `runs/`; its folder is made."""
+    path = Path(name) if name else paths.RUNS / "monitor" / "journal.sqlite"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Scorer:
+    """From documents to scores: topic, rating, sentiment, probability of being negative, companies and currencies."""
+
+    def __init__(self, folder: Path, precision: str = "auto"):
+        """Reads what `save_models` wrote. Raises MonitorError where it is not there."""
+        if not (folder / "monitor.json").is_file():
+            raise MonitorError(
+                f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=12_financial_sentiment`, or "
+                "name another folder with --models."
+            )
+        settings = report.read_json(folder / "monitor.json")
+        self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
+        self.settings, self.reference, self.precision = settings["detector"], settings["reference"], precision
+        self.feelings = models.load_checkpoint(folder / "sentiment")
+        self.topics = models.load_checkpoint(folder / "topics") if (folder / "topics").is_dir() else None
+
+    def detector(self, key: str) -> surge.Cusum:
+        """A detector for a topic or company that was not seen before."""
+        return new_detector(key, self.negative.share, **self.settings)
+
+    def __call__(self, documents: Sequence[Document]) -> list[dict]:
+        """The scores of each document, as the journal keeps them."""
+        if not documents:
+            return []
+        texts = [f"{document.title} {document.text}".strip() for document in documents]
+        said = sentiment.predict(*self.feelings, texts, self.precision)
+        if self.topics:
+            logits = models.predict(*self.topics, texts, precision=self.precision)
+            names = list(self.topics[0].config.id2label.values())
+        else:
+            logits, names = said["topic"], sentiment.class_names(self.feelings[0], "topic")
+        classes = sentiment.to_class(said["sentiment"], *self.thresholds)
+        return [
+            {
+                "topic": names[topic],
+                "rating": round(float(rating), 4),
+                "sentiment": sentiment.CLASSES[kind],
+                "negative": round(float(probability), 4),
+                "length": len(text.split()),
+                "about": sorted({f"{e.kind}: {e.name}" for e in entities.by_rules(text, amounts=False)}),
+            }
+            for text, topic, rating, kind, probability in zip(
+                texts,
+                logits.argmax(axis=1),
+                said["sentiment"],
+                classes,
+                self.negative(said["sentiment"]),
+                strict=True,
+            )
+        ]
+
+
+# Alerts: what was written to the journal's outbox is delivered to each channel
+
+
+class Console:
+    """Alerts as lines of text."""
+
+    name = "console"
+
+    def send(self, alert: dict) -> None:
+        """Prints an alert above the progress line."""
+        tqdm.write(
+            f"ALERT {alert['id']}  {alert['key']}: {alert['share']:.0%} negative against {alert['baseline']:.0%} "
+            f"({alert['severity']:.1f} times), since {alert['count']} documents",
+            file=sys.stdout,
+        )
+        for document in alert["documents"][:3]:
+            tqdm.write(f"    {document['text'][:100]}", file=sys.stdout)
+
+
+class Log:
+    """Alerts as lines of JSON in a file; one that stands there already, from before a kill, is not written again."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, f"log {path}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def send(self, alert: dict) -> None:
+        """Appends an alert; a line that a kill cut off is ended first."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if f'"id": "{alert["id"]}"'.encode() in content:
+            return
+        start = b"\n" if content and not content.endswith(b"\n") else b""
+        with self.path.open("ab") as file:
+            file.write(start + json.dumps(alert, ensure_ascii=False).encode() + b"\n")
+
+
+class Webhook:
+    """Alerts by POST, as JSON.
+
+    `Idempotency-Key` is the alert's id: a delivery whose answer was lost is repeated, and the receiver can tell.
+    With `$LLMPROD_WEBHOOK_SECRET`, `X-Signature: sha256=…` is the HMAC of the body.
+    """
+
+    def __init__(self, url: str, tries: int = 3, wait: float = 0.5):
+        self.url, self.tries, self.wait, self.name = url, tries, wait, f"webhook {url.partition('?')[0]}"
+
+    def send(self, alert: dict) -> None:
+        """Posts an alert, a few times where the receiver fails. Raises MonitorError where it never took it."""
+        body = json.dumps(alert, ensure_ascii=False).encode()
+        headers = {"Content-Type": "application/json", "Idempotency-Key": alert["id"]}
+        if secret := os.environ.get("LLMPROD_WEBHOOK_SECRET"):
+            headers["X-Signature"] = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+        for attempt in range(self.tries):
+            try:
+                answer = requests.post(self.url, data=body, headers=headers, timeout=10, allow_redirects=False)
+                if answer.status_code < 300:
+                    return
+                problem = f"it answered {answer.status_code}"
+            except requests.RequestException as error:
+                problem = type(error).__name__
+            time.sleep(self.wait * 2**attempt)
+        raise MonitorError(f"{self.name} did not take the alert {alert['id']} ({problem}); it is tried again later.")
+
+
+class Wandb:
+    """Alerts of Weights & Biases, on a run of its own; offline without `WANDB_API_KEY`."""
+
+    name = "wandb"
+
+    def __init__(self) -> None:
+        import wandb
+
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "llmprod"), job_type="monitor", mode=mode)
+
+    def send(self, alert: dict) -> None:
+        """Sends an alert, with its first documents as text."""
+        text = "\n".join(document["text"][:200] for document in alert["documents"][:3])
+        self.run.alert(title=f"{alert['key']}: {alert['severity']:.1f} times as many negatives", text=text)
+
+
+def open_channel(word: str) -> Console | Log | Webhook | Wandb:
+    """A channel from the command line: `console`, `wandb`, `http(s)://…`, or a file for lines of JSON."""
+    if word in ("console", "wandb"):
+        return Console() if word == "console" else Wandb()
+    if word.startswith(("http://", "https://")):
+        return Webhook(word)
+    if "://" in word or not word.endswith(".jsonl"):
+        raise MonitorError(f"--alert {word}: use console, wandb, an http(s) address, or a file that ends in .jsonl.")
+    return Log(Path(word))
+
+
+# The monitor
+
+
+def new_detector(
+    key: str, negative: float, threshold: float, share: float = 0.2, shares: dict | None = None, **settings: float
+) -> surge.Cusum:
+    """A detector for what was not seen before.
+
+    Args:
+        key: `topic: name`, `company: name` or `currency: name`
+        negative: the share of negative texts where the probabilities were calibrated
+        threshold, settings: see `surge.Cusum` and `surge.Settings`
+        share, shares: the first baseline, and those of topics that are known
+    """
+    first = (shares or {}).get(key.removeprefix("topic: "), share)
+    return surge.Cusum(surge.Settings(share=first, prior=negative, **settings), threshold)
+
+
+class Monitor:
+    """Polls sources, drops repeats, scores, watches, warns.
+
+    What a step takes in, what it makes of it and where the sources stand go into the journal in one transaction: a
+    kill at any moment loses nothing and counts nothing twice. Alerts are written to the journal's outbox there and
+    delivered after it, so that they survive as well.
+    """
+
+    def __init__(
+        self,
+        scorer: Callable[[Sequence[Document]], list[dict]],
+        journal: Journal,
+        detector: Callable[[str], surge.Cusum],
+        channels: Sequence = (),
+        lateness: float = 3600.0,
+    ):
+        """
+        Args:
+            scorer: documents -> scores with topic, negative (probability) and about (companies and currencies)
+            detector: makes one for a topic or company that is new, from its key
+            channels: where alerts go
+            lateness: seconds that a document may come late and still be put in order of time before it is watched
+        """
+        self.scorer, self.journal, self.detector = scorer, journal, detector
+        self.channels, self.lateness, self.counts, self.problems = list(channels), lateness, Counter(), {}
+
+    def step(self, sources: Sequence, last: bool = False) -> int:
+        """One round over all sources. Returns how many documents came; `last` watches also what is still in order.
+
+        A channel that fails keeps its alerts for the next round; the message is in `problems`, by its name.
+        """
+        came, cursors = [], {}
+        for source in sources:  # before the transaction, which a slow feed must not hold
+            documents, cursors[source.name] = source.poll(self.journal.cursor(source.name))
+            self.note(source.name, cursors[source.name].get("error"))
+            came += documents
+        with self.journal.transaction():
+            for name, cursor in cursors.items():
+                self.journal.set_cursor(name, cursor)
+            new = new_documents(self.journal, came)
+            for document, scores in zip(new, self.scorer(new), strict=True):
+                self.journal.add(document, scores)
+            detectors: dict[str, surge.Cusum] = {}
+            for document, scores in ready(self.journal, self.lateness, flush=last):
+                self.watch(document, scores, detectors)
+            for key, detector in detectors.items():
+                self.journal.set_state(key, asdict(detector))
+        self.counts.update({"documents": len(new), "repeats": len(came) - len(new)})
+        self.deliver()
+        return len(came)
+
+    def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum]) -> None:
+        """Lets the detectors of a document's topic and companies see it, and puts an alert into the outbox."""
+        for key in (f"topic: {scores['topic']}", *scores["about"]):
+            if key not in detectors:
+                state = self.journal.state(key, None)
+                detectors[key] = surge.Cusum.from_dict(state) if state else self.detector(key)
+            alarm = detectors[key].update(document.time, scores["negative"], document.id)
+            if alarm:
+                self.counts["alerts"] += 1
+                name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]
+                found = alarm._asdict() | {"key": key, "count": alarm.documents}
+                found["documents"] = [self.journal.document(cause) for cause, _ in found.pop("causes")]
+                self.journal.add_alert(name, document.time, found)
+
+    def deliver(self) -> None:
+        """Hands every channel what it has not had yet, in order; one that fails keeps the rest for later."""
+        for channel in self.channels:
+            try:
+                for alert in self.journal.undelivered(channel.name):
+                    channel.send(alert)
+                    self.journal.delivered(alert["id"], channel.name)
+                self.note(channel.name, None)
+            except (MonitorError, OSError) as error:
+                self.note(channel.name, str(error))
+
+    def note(self, name: str, problem: str | None) -> None:
+        """Says a problem once, when it begins."""
+        if problem and self.problems.get(name) != problem:
+            tqdm.write(problem, file=sys.stderr)
+        self.problems = {k: v for k, v in self.problems.items() if k != name} | ({name: problem} if problem else {})
+
+
+def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 5.0) -> Counter:
+    """Steps until the sources are finished, or for ever; a first Ctrl-C or SIGTERM ends it after the step at hand.
+
+    Args:
+        once: end as soon as no source has anything new
+        pause: seconds to wait where nothing came
+    """
+    stopping = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {s: signal.signal(s, lambda number, frame: stopping.append(number)) for s in signals}
+    try:
+        with tqdm(desc="monitor", unit=" documents") as bar:
+            while not stopping:
+                came = monitor.step(sources)
+                counts = monitor.counts
+                bar.update(counts["documents"] - bar.n)
+                bar.set_postfix_str(f"{counts['repeats']} repeats, {counts['alerts']} alerts")
+                if not came:
+                    finished = all(source.finished(monitor.journal.cursor(source.name)) for source in sources)
+                    if once or finished:
+                        break
+                    waited = time.time()
+                    while not stopping and time.time() - waited < pause:
+                        time.sleep(min(0.2, pause))
+            monitor.step([], last=not stopping)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return monitor.counts
+
+
+# Afterwards
+
+
+def seen(journal: Journal, since: float = -float("inf")) -> pd.DataFrame:
+    """The documents of a journal from an event time on, in its order, with a column for each score."""
+    found = journal.recent(since)
+    return found.drop(columns="scores").join(pd.DataFrame(found["scores"].tolist(), index=found.index))
+
+
+def judged(journal: Journal) -> pd.DataFrame:
+    """The documents behind judged alerts, as rows for training: text and label.
+
+    Of an alert that was right the documents are negative; of one that was wrong the label is left empty, to be filled
+    in by a person: these are the texts that misled the model.
+    """
+    rows = [
+        {"text": document["text"], "label": "negative" if alert["right"] else "", "alert": alert["id"]}
+        for alert in journal.alerts().to_dict("records")
+        if alert["right"] is not None
+        for document in alert["documents"]
+    ]
+    return pd.DataFrame(rows, columns=["text", "label", "alert"]).drop_duplicates("text")

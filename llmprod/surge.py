@@ -1,0 +1,550 @@
+"""Surges of negative documents in a stream: detection one document at a time, simulation, evaluation, drift."""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.signal import lfilter
+from scipy.stats import chi2_contingency, false_discovery_control, ks_2samp
+
+from llmprod import LLMProdError
+
+DAY = 86400
+State = dict[str, np.ndarray]
+
+
+class SurgeError(LLMProdError):
+    """Probabilities or settings can't be used as they are."""
+
+
+# The detector
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a CUSUM assumes. Numbers of documents are documents of the one topic that it watches; nats are log units.
+
+    share: the share of negative documents before anything was seen (the mean of a Beta prior of `strength` documents)
+    ratio: the surge to be detected, as a multiple of the baseline share; the raised share is 0.95 at most
+    prior: the share of negative documents at which the classifier was trained and calibrated
+    half_life: documents after which half of the past is forgotten
+    gain: step of the baseline's estimate, 1 for sure labels; best is 1 / the share of a label's information that a
+        probability holds, which is about a third for a classifier of AUC 0.87: with 1 it learns too slowly
+    freeze: from this height of the statistic on (nats) the baseline learns nothing, so that it can't learn a surge;
+        it must be under the threshold
+    patience: unless the surge has lasted for so many documents: then it is the new baseline
+    ceiling: the statistic rises no higher (nats); live it is the threshold, so that an alarm ends soon after its surge
+    blocks: parts of the day with a baseline of their own, which counts as `block_strength` documents at the whole
+        day's share; 1 for none
+    hard: use labels (probability of at least 0.5) with these `sensitivity` and `specificity` in place of probabilities
+    """
+
+    share: float
+    ratio: float = 3.0
+    prior: float = 0.5
+    strength: float = 50.0
+    half_life: float = 500.0
+    gain: float = 3.0
+    freeze: float = 1.0
+    patience: int = 200
+    ceiling: float = math.inf
+    blocks: int = 1
+    block_strength: float = 100.0
+    hard: bool = False
+    sensitivity: float = 1.0
+    specificity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.ratio <= 1 or not 0 < self.prior < 1:
+            raise SurgeError(f"ratio is {self.ratio} and prior {self.prior}: above 1, and between 0 and 1, are needed.")
+
+
+def start(settings: Settings, streams: int = 1) -> State:
+    """The state before the first document. `negatives` and `counts` hold the whole day, then its blocks."""
+    rows = 1 + settings.blocks if settings.blocks > 1 else 1
+    return {
+        "score": np.zeros(streams),
+        "run": np.zeros(streams, dtype=int),
+        "evidence": np.zeros(streams),
+        "recent": np.zeros(streams),
+        "baseline": np.zeros(streams) + settings.share,
+        "negatives": np.zeros((rows, streams)),
+        "counts": np.zeros((rows, streams)),
+    }
+
+
+def likelihoods(probabilities: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """The likelihood of each document if it is negative and if it is not, up to a factor that both share.
+
+    For a calibrated probability p and a training prior π their ratio is p / (1 - p) · (1 - π) / π (Saerens et al.
+    2002); for a label it follows from the error rates.
+    """
+    if not settings.hard:
+        return probabilities * (1 - settings.prior), (1 - probabilities) * settings.prior
+    label, hit, right = probabilities >= 0.5, settings.sensitivity, settings.specificity
+    return np.where(label, hit, 1 - hit), np.where(label, 1 - right, right)
+
+
+def step(state: State, probabilities: np.ndarray, block: np.ndarray, settings: Settings) -> tuple[State, np.ndarray]:
+    """One document in each stream: the next state, and what the document added (its log likelihood ratio, nats).
+
+    With a document's likelihoods a if it is negative and b if not, baseline share q0 and raised share q1 it adds
+    log((q1·a + (1 - q1)·b) / (q0·a + (1 - q0)·b)), and the score is max(0, score + that) (Page 1954; Lorden 1971).
+    The baseline counts, in place of unknown classes, their posterior under itself: recursive EM (Titterington 1984),
+    with steps `gain` times as long, and with forgetting. `recent` is the share of negative documents since the score
+    was last 0, by the same recursion, which starts from q1. Shares are kept within 0.001 and 0.9.
+
+    Args:
+        state: from `start` or from here
+        probabilities: of being negative (streams,)
+        block: which part of the day it is (streams,), from 0
+    """
+    here, (a, b) = np.arange(len(probabilities)), likelihoods(probabilities, settings)
+    negatives, counts, row = state["negatives"], state["counts"], 1 + block
+    whole = (negatives[0] + settings.strength * settings.share) / (counts[0] + settings.strength)
+    q0 = whole
+    if settings.blocks > 1:
+        strength = settings.block_strength
+        q0 = (negatives[row, here] + strength * whole) / (counts[row, here] + strength)
+    q0 = np.clip(q0, 0.001, 0.9)
+    q1 = np.minimum(settings.ratio * q0, 0.95)
+    normal = q0 * a + (1 - q0) * b
+    added = np.log((q1 * a + (1 - q1) * b) / normal)
+    score = np.clip(state["score"] + added, 0, settings.ceiling)
+    run = np.where(score > 0, state["run"] + 1, 0)
+    evidence = np.where(score > 0, state["evidence"] + added, 0)  # as the score, but for the ceiling
+
+    # decided before the document is seen, or high probabilities would be left out more often than low ones
+    learn = (state["score"] < settings.freeze) | (state["run"] >= settings.patience)
+    keep = np.where(learn, 0.5 ** (1 / settings.half_life), 1.0)
+    negatives, counts = negatives * keep, counts * keep
+    for place in [0] if settings.blocks == 1 else [0, (row, here)]:
+        negatives[place] += learn * (q0 + settings.gain * (q0 * a / normal - q0))
+        counts[place] += learn
+
+    recent = np.where(state["run"] > 0, state["recent"], q1)
+    posterior = recent * a / (recent * a + (1 - recent) * b)
+    recent = np.clip(recent + settings.gain * (posterior - recent) / (run + settings.gain), 0.001, 0.999)
+    names = ("score", "run", "evidence", "recent", "baseline", "negatives", "counts")
+    return dict(zip(names, (score, run, evidence, recent, q0, negatives, counts), strict=True)), added
+
+
+def cusum(probabilities: np.ndarray, settings: Settings, times: np.ndarray | None = None) -> np.ndarray:
+    """The CUSUM's statistic in nats (streams, documents): there is an alarm where it reaches a threshold.
+
+    Args:
+        probabilities: of being negative (streams, documents)
+        settings: `share` may be an array (streams,)
+        times: in seconds (streams, documents)
+
+    Raises SurgeError if the settings have blocks of the day and there are no times.
+    """
+    if times is None and settings.blocks > 1:
+        raise SurgeError("A baseline for each part of the day needs the documents' times.")
+    blocks = np.zeros(probabilities.shape, dtype=int) if times is None else part_of_day(times, settings.blocks)
+    state, scores = start(settings, len(probabilities)), []
+    for column, block in zip(np.ascontiguousarray(probabilities.T), blocks.T, strict=True):
+        state, _ = step(state, column, block, settings)
+        scores.append(state["score"])
+    return np.stack(scores, axis=1)
+
+
+def part_of_day(times: np.ndarray, blocks: int) -> np.ndarray:
+    """The part of the day (UTC), from 0 to blocks - 1, of times in seconds since 1970."""
+    return (np.asarray(times) % DAY * blocks // DAY).astype(int)
+
+
+def switch(on: Any, wait: Any, statistic: Any, threshold: Any, release: float, cooldown: int) -> tuple[Any, Any, Any]:
+    """One document later: whether the alarm is on, documents of cool-down left, and whether the alarm was raised now.
+
+    An alarm is raised where the statistic reaches the threshold and no cool-down is left, and stays on until the
+    statistic is under release · threshold (hysteresis). Numbers or arrays.
+    """
+    now = np.where(on, statistic >= release * threshold, (statistic >= threshold) & (wait <= 0))
+    raised = now & ~np.asarray(on)
+    return now, np.where(raised, cooldown, np.maximum(wait - 1, 0)), raised
+
+
+class Alert(NamedTuple):
+    """A surge: what a reader is shown.
+
+    time, since: of the last document, and of the first one after the change point (where the statistic was last 0)
+    documents: how many there were since the change point
+    baseline, share: the share of negative documents, normally and since the change point (estimates)
+    severity: share / baseline; too high when the alarm is raised, because it is raised where documents look worst
+    evidence: log likelihood ratio of a surge since the change point (nats)
+    causes: [document, its part of the evidence (nats)], the largest first
+    """
+
+    time: float
+    since: float
+    documents: int
+    baseline: float
+    share: float
+    severity: float
+    evidence: float
+    causes: list[list]
+
+
+@dataclass
+class Cusum:
+    """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `from_dict` takes it back.
+
+    threshold: height of the statistic (nats) that raises an alarm, and its ceiling; choose it with `operating_curve`
+    release, cooldown: see `switch`; the cool-down is in documents
+    keep: how many causes are remembered
+    """
+
+    settings: Settings
+    threshold: float
+    release: float = 0.5
+    cooldown: int = 0
+    keep: int = 5
+    on: bool = False
+    wait: int = 0
+    seen: int = 0
+    since: float | None = None
+    causes: list[list] = field(default_factory=list)
+    state: dict[str, list] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings = replace(self.settings, ceiling=min(self.settings.ceiling, self.threshold))
+        self.state = self.state or {name: value.tolist() for name, value in start(self.settings).items()}
+
+    def update(self, time: float, probability: float, document: str | int | None = None) -> Alert | None:
+        """Takes the next document; an Alert if it raises the alarm.
+
+        Args:
+            time: in seconds since 1970
+            probability: the classifier's, of being negative
+            document: its id in `causes`; its number in the stream, from 0, if there is none
+
+        Raises SurgeError for what is no probability.
+        """
+        if not 0 <= probability <= 1:
+            raise SurgeError(f"{probability} is no probability: it must be between 0 and 1.")
+        before = {name: np.array(value) for name, value in self.state.items()}
+        block = part_of_day(np.array([time]), self.settings.blocks)
+        after, added = step(before, np.array([probability]), block, self.settings)
+        self.state = {name: value.tolist() for name, value in after.items()}
+        if after["run"][0] <= 1:
+            self.since, self.causes = (float(time) if after["run"][0] else None), []
+        if added[0] > 0:
+            cause = [self.seen if document is None else document, float(added[0])]
+            self.causes = heapq.nlargest(self.keep, [*self.causes, cause], key=lambda pair: pair[1])
+        self.seen += 1
+        on, wait, raised = switch(self.on, self.wait, after["score"][0], self.threshold, self.release, self.cooldown)
+        self.on, self.wait = bool(on), int(wait)
+        return self.describe(time) if raised else None
+
+    def describe(self, time: float) -> Alert:
+        """The surge as it stands, for an alarm that is on."""
+        now = {name: value[0] for name, value in self.state.items()}
+        severity = now["recent"] / now["baseline"]
+        shares = (now["baseline"], now["recent"], severity)
+        return Alert(float(time), self.since, now["run"], *shares, now["evidence"], self.causes)
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Cusum":
+        """The detector that `dataclasses.asdict` was called on."""
+        return cls(**saved | {"settings": Settings(**saved["settings"])})
+
+
+# What it is compared with: functions of the whole stream; `values` are probabilities or labels (streams, documents)
+
+
+def share(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` documents, for an alarm at a fixed threshold; -inf before there are as many."""
+    total = np.pad(np.cumsum(values, axis=1, dtype=float), ((0, 0), (1, 0)))
+    means = (total[:, window:] - total[:, :-window]) / window
+    return np.pad(means, ((0, 0), (window - 1, 0)), constant_values=-np.inf)
+
+
+def z_score(values: np.ndarray, window: int, past: int) -> np.ndarray:
+    """How many standard errors the last `window` documents are above the `past` before them; -inf until there are."""
+    mean, square = share(values, past), share(values**2, past)
+    with np.errstate(invalid="ignore"):
+        # without the floor a past without any negative document divides by 0
+        error = np.sqrt(np.maximum(square - mean**2, 0.01) / window)
+        z = (share(values, window)[:, window:] - mean[:, :-window]) / error[:, :-window]
+    return np.pad(np.where(np.isfinite(z), z, -np.inf), ((0, 0), (window, 0)), constant_values=-np.inf)
+
+
+def ewma(values: np.ndarray, weight: float, centre: float) -> np.ndarray:
+    """The exponentially weighted mean, less its centre, from which it starts (Roberts 1959)."""
+    return lfilter([weight], [1, weight - 1], values - centre, axis=1)
+
+
+# Simulation
+
+
+class Streams(NamedTuple):
+    """Streams of one topic (streams, documents): `scores`, numbers of the `documents`, `negative`, `times` (seconds).
+
+    starts: where each surge starts (streams,)
+    """
+
+    scores: np.ndarray
+    starts: np.ndarray
+    documents: np.ndarray
+    negative: np.ndarray
+    times: np.ndarray
+
+
+def simulate(
+    scores: np.ndarray,
+    negative: np.ndarray,
+    weeks: int,
+    per_week: int,
+    baseline: float,
+    ratio: float,
+    length: int,
+    rng: np.random.Generator,
+    history: int = 0,
+    volume: Sequence[float] = (1.0,),
+    daily: Sequence[float] = (1.0,),
+) -> Streams:
+    """Weeks of a topic, made of held-out documents, each with one surge of known start, size and length.
+
+    At each position the class is drawn, then a document of the class, with replacement.
+
+    Args:
+        scores, negative: a model's probability of being negative, and the truth, of held-out documents (n,)
+        weeks, per_week: streams, and documents in each after `history` quiet ones
+        baseline, ratio: share of negative documents, and what it is multiplied by in the surge; 1 for quiet streams.
+            A share is 0.95 at most
+        length: documents of the surge, which lies in the week wholly, after at least one quiet document
+        volume, daily: by equal parts of the day, how many documents there are and how high the share is, relatively
+
+    Raises SurgeError if a surge doesn't fit into a week, or there are no documents of a class.
+    """
+    pools = [np.flatnonzero(~np.asarray(negative, dtype=bool)), np.flatnonzero(negative)]
+    if not 0 < length < per_week or not all(map(len, pools)):
+        raise SurgeError("A surge must be shorter than a week, and documents of both classes are needed.")
+    shape, (volume, daily) = (weeks, history + per_week), np.broadcast_arrays(volume, daily)
+    starts = history + rng.integers(1, per_week - length + 1, size=weeks)
+    # by a uniform clock first, which is then bent so that a day's documents fall into its parts by volume
+    clock = np.sort(rng.random(shape), axis=1) * 7 * shape[1] / per_week
+    edges = np.concatenate([[0], np.cumsum(volume) / np.sum(volume)])
+    times = DAY * (clock // 1 + np.interp(clock % 1, edges, np.linspace(0, 1, len(edges))))
+    factor = (daily / np.average(daily, weights=volume))[part_of_day(times, len(daily))]
+    position = np.arange(shape[1]) - starts[:, None]
+    raised = np.where((position >= 0) & (position < length), ratio, 1.0)
+    truth = rng.random(shape) < np.minimum(baseline * factor * raised, 0.95)
+    documents = np.where(truth, rng.choice(pools[1], shape), rng.choice(pools[0], shape))
+    return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
+
+
+# Evaluation
+
+
+class Outcomes(NamedTuple):
+    """What a detector does at each threshold, first on the quiet streams, then on those with a surge.
+
+    false: alarms where there is no surge (streams, thresholds)
+    exposure: documents that could have raised one (streams,)
+    delays: documents from the first one of the surge to the alarm, both counted; inf without one (surges, thresholds)
+    thresholds: in ascending order
+    """
+
+    false: np.ndarray
+    exposure: np.ndarray
+    delays: np.ndarray
+    thresholds: np.ndarray
+
+    def rates(self, weights: np.ndarray) -> np.ndarray:
+        """False alarms for each document (..., thresholds), with each stream counted `weights` times (..., streams)."""
+        return weights @ self.false / (weights @ self.exposure)[..., None]
+
+
+def outcomes(
+    statistic_quiet: np.ndarray,
+    statistic_surge: np.ndarray,
+    starts: np.ndarray,
+    length: int,
+    thresholds: np.ndarray,
+    skip: int = 0,
+    release: float = 0.5,
+    cooldown: int = 0,
+    capped: bool = False,
+) -> Outcomes:
+    """Plays `switch` through at every threshold, as the live detector does.
+
+    An alarm before the surge is false; it must end before there can be one that counts as a detection.
+
+    Args:
+        statistic_quiet, statistic_surge: a detector's (streams, documents)
+        starts, length: of the surges; only an alarm that is raised in the surge detects it
+        skip: documents at the beginning in which detectors warm up, and false alarms are not counted
+        capped: the threshold is the ceiling of the statistic, as it is of a live CUSUM
+    """
+
+    def play(statistic: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape, begin = (len(statistic), len(thresholds)), starts[:, None]
+        on, wait = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=int)
+        false, delays = np.zeros(shape), np.full(shape, np.inf)
+        height, before = np.zeros(shape), np.zeros((shape[0], 1))
+        for position, column in enumerate(statistic.T[:, :, None]):
+            # a CUSUM with a ceiling moves as one without, for it is the lower of the two and so at 0 whenever that is
+            height = np.clip(height + column - before, 0, thresholds) if capped else column
+            on, wait, raised = switch(on, wait, height, thresholds, release, cooldown)
+            before = column
+            false += raised & (skip <= position) & (position < begin)
+            inside = raised & (begin <= position) & (position < begin + length)
+            delays = np.where(inside & np.isinf(delays), position - begin + 1, delays)
+        return false, delays
+
+    thresholds = np.sort(np.asarray(thresholds, dtype=float))
+    ends = np.full(len(statistic_quiet), statistic_quiet.shape[1])
+    false, (early, delays) = play(statistic_quiet, ends)[0], play(statistic_surge, starts)
+    exposure = np.maximum(np.concatenate([ends, starts]) - skip, 0)
+    return Outcomes(np.concatenate([false, early]), exposure, delays, thresholds)
+
+
+def levels(statistic_quiet: np.ndarray, skip: int = 0, number: int = 101) -> np.ndarray:
+    """Thresholds worth trying: quantiles of the highest value in each quiet stream, and so about 1 alarm or fewer."""
+    highest = statistic_quiet[:, skip:].max(axis=1)
+    return np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number)))
+
+
+def operating_curve(
+    statistic_quiet: np.ndarray,
+    statistic_surge: np.ndarray,
+    starts: np.ndarray,
+    documents_per_week: float,
+    thresholds: np.ndarray,
+    length: int,
+    resamples: int = 500,
+    seed: int = 0,
+    **counting: Any,
+) -> pd.DataFrame:
+    """False alarms against delay: a row for each threshold, with 95 % bootstrap intervals over streams.
+
+    Columns: `threshold`; `false alarms a week`; `median delay` in documents of the topic, over all surges, of which
+    one that is not detected counts as inf; `detected`, the share of surges; and each of the three with `, low` and
+    `, high`.
+
+    Args:
+        counting: `skip`, `release`, `cooldown` and `capped`; see `outcomes`, also for what is counted
+    """
+    played = outcomes(statistic_quiet, statistic_surge, starts, length, thresholds, **counting)
+    rng, streams, surges = np.random.default_rng(seed), len(played.false), len(played.delays)
+    weights = rng.multinomial(streams, np.full(streams, 1 / streams), resamples)
+    draws, found = rng.integers(0, surges, (resamples, surges)), np.isfinite(played.delays)
+
+    def resampled(summary: Callable, values: np.ndarray) -> np.ndarray:
+        # one threshold at a time, or the drawn values would fill the memory
+        return np.stack([summary(column[draws], axis=1) for column in values.T], axis=1)
+
+    rates = [documents_per_week * played.rates(w) for w in (np.ones(streams), weights.astype(float))]
+    columns = {
+        "false alarms a week": rates,
+        "median delay": (np.median(played.delays, axis=0), resampled(np.median, played.delays)),
+        "detected": (found.mean(axis=0), resampled(np.mean, found)),
+    }
+    table = {"threshold": played.thresholds}
+    for name, (value, drawn) in columns.items():
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest")  # inf can't be interpolated
+        table |= {name: value, f"{name}, low": low, f"{name}, high": high}
+    return pd.DataFrame(table)
+
+
+def _lowest(rates: np.ndarray, most: float) -> int:
+    """The number of the lowest threshold from which on rates are at most `most`; SurgeError if there is none.
+
+    Not simply the first: under it an alarm may never end, so that there are few of them as well.
+    """
+    if rates[-1] > most:
+        raise SurgeError(f"No threshold keeps to {most} false alarms a week; try higher ones.")
+    return int(np.append(np.flatnonzero(rates > most), -1).max()) + 1
+
+
+def delay_at(curve: pd.DataFrame, false_alarms: float = 1.0) -> pd.Series:
+    """The row of an operating curve whose threshold is the lowest to keep to so many false alarms a week.
+
+    Raises SurgeError if none does.
+    """
+    return curve.iloc[_lowest(curve["false alarms a week"].to_numpy(), false_alarms)]
+
+
+def compare(
+    one: Outcomes,
+    other: Outcomes,
+    documents_per_week: float,
+    false_alarms: float = 1.0,
+    resamples: int = 500,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The difference of median delays (one - other) at equal false alarms a week, and its 95 % bootstrap interval.
+
+    Both detectors saw the same streams, which are resampled in pairs; each resample chooses the thresholds anew. It is
+    NaN where neither detects half of the surges. Raises SurgeError if no threshold keeps to the false alarms.
+    """
+    quiet, surges = len(one.false) - len(one.delays), len(one.delays)
+
+    def delay(played: Outcomes, weights: np.ndarray, rows: np.ndarray) -> float:
+        chosen = _lowest(documents_per_week * played.rates(weights), false_alarms)
+        return float(np.median(played.delays[rows, chosen]))
+
+    def difference(quiet_rows: np.ndarray, rows: np.ndarray) -> float:
+        drawn = np.bincount(np.concatenate([quiet_rows, quiet + rows]), minlength=quiet + surges).astype(float)
+        first, second = delay(one, drawn, rows), delay(other, drawn, rows)
+        return math.nan if math.isinf(first) and math.isinf(second) else first - second
+
+    rng = np.random.default_rng(seed)
+    draws = [difference(rng.integers(0, quiet, quiet), rng.integers(0, surges, surges)) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975], method="nearest")
+    return difference(np.arange(quiet), np.arange(surges)), float(low), float(high)
+
+
+def bound(q0: float, q1: float, false_alarms: float) -> float:
+    """Documents from a surge to its alarm for perfect labels, at best: log(ARL) / KL(q1 ‖ q0) (Lorden 1971).
+
+    ARL is the mean number of documents between false alarms. No detector has a shorter mean delay in the worst case,
+    asymptotically: it is the first term for rare alarms. At one false alarm in some hundred documents that is no limit:
+    at 0.1 against 0.3 and one in 100 it is 30, and the median of a CUSUM with perfect labels 9.
+
+    Args:
+        q0, q1: share of negative documents, normally and in a surge
+        false_alarms: for each document
+    """
+    divergence = q1 * math.log(q1 / q0) + (1 - q1) * math.log((1 - q1) / (1 - q0))
+    return -math.log(false_alarms) / divergence
+
+
+# Drift
+
+
+def drift(reference: pd.DataFrame, current: pd.DataFrame, level: float = 0.05, least: float = 0.1) -> pd.DataFrame:
+    """Whether the input has changed: one test for each column that both tables share, documents in rows.
+
+    Numbers: Kolmogorov and Smirnov's test; the effect is its largest distance of the distributions (0 to 1). All else:
+    chi², where values that fewer than 10 documents have are one; the effect is Cramér's V (0 to 1). `drifted` needs an
+    effect of at least `least`, because with many documents everything is significant, and a false discovery rate
+    (Benjamini & Hochberg 1995) of at most `level` over all columns.
+
+    Returns test, effect, p, `adjusted p` and drifted, by column. Raises SurgeError where there is nothing to compare.
+    """
+    rows, names = {}, reference.columns.intersection(current.columns)
+    if names.empty:
+        raise SurgeError("The two tables share no column.")
+    for name in names:
+        old, new = reference[name].dropna(), current[name].dropna()
+        if old.empty or new.empty:
+            raise SurgeError(f"The column '{name}' has no values in one of the tables; leave it out.")
+        if pd.api.types.is_numeric_dtype(old) and not pd.api.types.is_bool_dtype(old):
+            effect, p = ks_2samp(old, new, method="asymp")
+            rows[name] = ("Kolmogorov-Smirnov", float(effect), float(p))
+            continue
+        values = pd.concat([old, new]).astype(str)
+        values = values.where(values.map(values.value_counts()) >= 10, "(rare)")
+        counts = pd.crosstab(values.to_numpy(), np.repeat([0, 1], [len(old), len(new)]))
+        chi2, p, *_ = chi2_contingency(counts, correction=False)
+        rows[name] = ("chi²", float(np.sqrt(chi2 / len(values))), float(p))
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["test", "effect", "p"])
+    table["adjusted p"] = false_discovery_control(table["p"])
+    return table.assign(drifted=(table["adjusted p"] <= level) & (table["effect"] >= least))

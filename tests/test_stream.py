@@ -1,0 +1,781 @@
+"""Sources against evil servers and growing files; the journal killed, locked and damaged; duplicates; order."""
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprod import stream
+from llmprod.journal import Journal, new_documents, ready
+from llmprod.stream import DAY, Document, Feed, Lines, Replay, StreamError, Tail
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now: float = 1.7e9):
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rss(*titles: str, more: str = "") -> str:
+    items = "".join(
+        f"<item><guid>{n}</guid><title>{t}</title><description>&lt;p&gt;Body of &lt;b&gt;{n}&lt;/b&gt;&lt;/p&gt;"
+        f"</description><link>http://x/{n}</link><pubDate>{formatdate(1.6e9 + n)}</pubDate></item>"
+        for n, t in enumerate(titles)
+    )
+    return f'<?xml version="1.0"?>{more}<rss version="2.0"><channel><title>f</title>{items}</channel></rss>'
+
+
+# Feeds
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves `pages`: path -> function of the handler, or (status, headers, body); `asked` logs the requests."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    pages, asked, ending = {}, [], threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, dict(self.headers)))
+            page = pages[self.path]
+            try:
+                if callable(page):
+                    return page(self)
+                status, headers, body = page
+                self.send_response(status)
+                for name, value in ({"Content-Length": len(body)} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+            except OSError:
+                pass  # the client had enough
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads, http.pages, http.asked, http.ending = True, pages, asked, ending
+    http.url = f"http://127.0.0.1:{http.server_port}"
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield http
+    ending.set()
+    http.shutdown()
+    http.server_close()
+
+
+def page(body: str | bytes, **headers: str) -> tuple:
+    return (
+        200,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+        (body.encode() if isinstance(body, str) else body),
+    )
+
+
+def feed(server, path: str, **options) -> Feed:
+    return Feed(server.url + path, **({"clock": Clock(), "interval": 0} | options))
+
+
+def test_feed_gives_each_entry_once_with_its_time_and_plain_text(server):
+    server.pages["/"] = page(rss("One &amp; only", "Two"))
+    source = feed(server, "/")
+    documents, cursor = source.poll({})
+    assert [d.title for d in documents] == ["One & only", "Two"] and [d.time for d in documents] == [1.6e9, 1.6e9 + 1]
+    assert documents[0].text == "One & only\nBody of 0" and documents[0].link == "http://x/0"
+    assert documents[0].source == source.name and not source.finished(cursor) and "error" not in cursor
+    server.pages["/"] = page(rss("One, corrected", "Two", "Three"))
+    later, cursor = source.poll(json.loads(json.dumps(cursor)))
+    assert [d.title for d in later] == ["Three"]
+    server.pages["/other"] = page(rss("Of another feed"))
+    other = feed(server, "/other").poll({})[0][0]
+    assert other.id != documents[0].id, "the guid 0 of two feeds names two entries"
+
+
+def test_feed_without_ids_and_dates(server):
+    atom = "<feed xmlns='http://www.w3.org/2005/Atom'><entry><title>A</title><content type='html'>{}</content></entry>"
+    server.pages["/"] = page(atom.format("Text&lt;br&gt;more &lt;script&gt;evil()&lt;/script&gt;") + "</feed>")
+    (document,), cursor = feed(server, "/").poll({})
+    assert document.text == "A\nText more" and document.time == 1.7e9
+    assert document.id == stream.fingerprint(document.source, document.text)
+    assert feed(server, "/").poll(cursor)[0] == []
+
+
+def test_feed_is_asked_only_for_what_changed(server):
+    def conditional(handler):
+        same = handler.headers.get("If-None-Match") == '"v1"' and handler.headers.get("If-Modified-Since") == "then"
+        handler.send_response(304 if same else 200)
+        handler.send_header("ETag", '"v1"')
+        handler.send_header("Last-Modified", "then")
+        handler.end_headers()
+        if not same:
+            handler.wfile.write(rss("One").encode())
+
+    server.pages["/"] = conditional
+    source = feed(server, "/", interval=60)
+    documents, cursor = source.poll({})
+    assert len(documents) == 1
+    assert source.poll(cursor) == ([], cursor) and len(server.asked) == 1, "not before the interval has passed"
+    source.clock.now += 61
+    documents, after = source.poll(cursor)
+    assert documents == [] and "error" not in after and after["seen"] == cursor["seen"] and len(server.asked) == 2
+    source.clock.now += 61
+    assert source.poll(after)[0] == [] and server.asked[-1][1]["If-None-Match"] == '"v1"'
+
+
+def test_feed_backs_off_and_comes_back(server):
+    server.pages["/"] = (500, {}, b"")
+    source, waits, cursor = feed(server, "/", base=60), [], {}
+    for asked in range(1, 8):
+        documents, cursor = source.poll(cursor)
+        assert documents == [] and cursor["failures"] == asked == len(server.asked)
+        assert source.name in cursor["error"] and "answered 500" in cursor["error"]
+        waits.append(cursor["not_before"] - source.clock.now)
+        source.clock.now = cursor["not_before"] - 1
+        assert source.poll(cursor) == ([], cursor) and len(server.asked) == asked, "not asked too early"
+        source.clock.now += 1
+    assert waits == [120, 240, 480, 960, 1920, 3600, 3600]
+    assert source.poll(cursor | {"failures": 10_000})[1]["failures"] == 10_001
+    server.pages["/"] = page(rss("One"))
+    documents, cursor = source.poll(cursor)
+    assert len(documents) == 1 and "failures" not in cursor and "error" not in cursor
+
+
+@pytest.mark.parametrize(
+    ("header", "wait"),
+    [("900", 900), (formatdate(1.7e9 + 500, usegmt=True), 500), ("1", 2), ("9" * 400, DAY), ("soon", 2), ("-3", 2)],
+)
+def test_feed_honours_retry_after(server, header, wait):
+    server.pages["/"] = (429, {"Retry-After": header}, b"")
+    _, cursor = feed(server, "/", base=1).poll({})
+    assert cursor["not_before"] == 1.7e9 + wait and "answered 429" in cursor["error"]
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * 65536)
+
+
+def drip(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.ending.wait(0.02):
+        handler.wfile.write(b" ")
+
+
+def drip_headers(handler):
+    while not handler.server.ending.wait(0.02):
+        handler.wfile.write(b"H")
+
+
+def endless_redirect(handler):
+    handler.send_response(302)
+    handler.send_header("Location", "/good")
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * 65536)
+
+
+def bomb(size: int) -> bytes:
+    return gzip.compress(b" " * size)
+
+
+LAUGHS = '<!DOCTYPE r [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
+OUTSIDE = '<!DOCTYPE r [<!ENTITY a SYSTEM "file:///etc/passwd">]>'
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (page("<rss><channel><item"), "malformed, without an entry"),
+        (page("<html><body>Not here</body></html>"), "neither RSS nor Atom"),
+        (page(""), "neither RSS nor Atom"),
+        (endless, "more than 200,000 bytes"),
+        (page(b" " * 300_000), "more than 200,000 bytes"),
+        (page(bomb(50_000_000), Content_Encoding="gzip"), "more than 200,000 bytes"),
+        (page(bomb(1000)[:-9], Content_Encoding="gzip"), "broke off"),
+        (page(gzip.compress(bomb(1000)), Content_Encoding="gzip, gzip"), "not asked for"),
+        (page(b"no gzip", Content_Encoding="gzip"), "header check"),
+        (page("<rss>", Content_Length="100"), "more expected"),
+        (page(rss("&b;", more=LAUGHS)), "declares entities"),
+        (page(rss("&b;", more=LAUGHS).encode("utf-16")), "declares entities"),
+        (page(rss("&b;", more=LAUGHS).encode("utf-16-be")), "declares entities"),
+        (page(rss("&a;", more=OUTSIDE)), "declares entities"),
+        ((302, {"Location": "/"}, b""), "more than 5 redirects"),
+        ((302, {"Location": "file:///etc/passwd"}, b""), "not http"),
+        ((302, {"Location": "http://"}, b""), ""),
+        ((204, {}, b""), "answered 204"),
+        (drip, "in time"),
+        (drip_headers, "in time"),
+    ],
+)
+def test_evil_feeds_are_reported_and_end(server, answer, message):
+    server.pages["/"] = answer
+    started = time.monotonic()
+    documents, cursor = feed(server, "/", limit=200_000, timeout=0.3, deadline=0.3).poll({"seen": ["x"]})
+    assert documents == [] and cursor["failures"] == 1 and cursor["seen"] == ["x"]
+    assert cursor["error"].startswith(server.url) and message in cursor["error"] and "\n" not in cursor["error"]
+    assert time.monotonic() - started < 2
+    json.dumps(cursor)
+
+
+def test_feed_that_nobody_serves(server):
+    server.shutdown()
+    server.server_close()
+    documents, cursor = feed(server, "/").poll({})
+    assert documents == [] and "can't be reached" in cursor["error"]
+
+
+def test_feed_follows_a_redirect_without_reading_its_body(server):
+    server.pages |= {"/": endless_redirect, "/good": page(rss("One"))}
+    documents, cursor = feed(server, "/", deadline=5).poll({})
+    assert len(documents) == 1 and "error" not in cursor and [path for path, _ in server.asked] == ["/", "/good"]
+
+
+def test_half_a_feed_gives_its_entries_and_is_asked_for_again(server):
+    whole = rss("One", "Two", "Three")
+    server.pages["/"] = page(whole[: whole.index("Three")], ETag="half")
+    documents, cursor = feed(server, "/").poll({})
+    assert [d.title for d in documents][:2] == ["One", "Two"] and "malformed" in cursor["error"]
+    server.pages["/"] = page(rss("One"))
+    documents, cursor = feed(server, "/").poll(cursor)
+    assert documents == [] and "If-None-Match" not in server.asked[-1][1]
+    server.pages["/"] = page(rss("One", "Two"))
+    assert feed(server, "/").poll(cursor)[0] == [], "what was missing for once is not new"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (rss("Zürich rises").encode(), "text/xml"),
+        (rss("Zürich rises").encode(), "application/xml; charset=iso-8859-1"),
+        (rss("Zürich rises").encode(), "application/xml; charset=klingon"),
+        (rss("Zürich rises").encode("latin-1"), "application/xml; charset=utf-8"),
+        (rss("Zürich rises").encode("latin-1"), "application/xml; charset=punycode"),
+        (rss("Zürich rises").replace("?>", " encoding='iso-8859-1'?>", 1).encode("latin-1"), ""),
+        (rss("Zürich rises").encode("utf-16"), "application/xml; charset=utf-8"),
+        (b"\xef\xbb\xbf" + rss("Zürich rises").encode(), "text/plain"),
+    ],
+)
+def test_wrong_encodings_are_read(server, body, content_type):
+    server.pages["/"] = page(body, Content_Type=content_type)
+    (document,), cursor = feed(server, "/").poll({})
+    assert document.title == "Zürich rises" and "error" not in cursor
+    assert "Zürich rises" in stream.decoded(body, content_type), "feedparser mends some of this by itself"
+
+
+def test_one_broken_byte_spoils_one_letter(server):
+    server.pages["/"] = page(rss("Zürich", "b\0ad").encode() + b"\x81")
+    documents, _ = feed(server, "/").poll({})
+    assert documents[0].title == "Zürich" and len(documents) == 2
+    assert stream.decoded("é".encode() + b"\xe9") == "éé"
+
+
+# Files, standard input, dated documents
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (5, 5.0),
+        ("1700000000.5", 1700000000.5),
+        ("2023-11-14T22:13:20Z", 1.7e9),
+        ("2023-11-14 23:13:20+01:00", 1.7e9),
+        ("2023-11-14T22:13:20", 1.7e9),
+        (pd.Timestamp("2023-11-14T22:13:20"), 1.7e9),
+        *[(bad, 7.0) for bad in ("soon", "", None, True, [], float("nan"), float("inf"), 10**400, 1.7e12)],
+    ],
+)
+def test_times_as_they_come(value, expected):
+    assert stream.seconds(value, 7.0) == expected
+
+
+def line(text: str, **more) -> bytes:
+    return json.dumps({"text": text} | more).encode() + b"\n"
+
+
+def test_tail_follows_growth_rotation_and_truncation(tmp_path):
+    path, clock = tmp_path / "news.jsonl", Clock()
+    source, cursor = Tail(path, clock=clock), {}
+    documents, cursor = source.poll(cursor)
+    assert documents == [] and not source.finished(cursor)
+    path.write_bytes(line("one", id="a", time="2026-01-31T12:00:00Z", title="t", link="l", source="s") + b'{"text": "t')
+    documents, cursor = source.poll(cursor)
+    assert documents == [Document("a", "s", 1769860800.0, "one", "t", "l")]
+    with path.open("ab") as file:
+        file.write(b'wo", "time": 5}\n')
+    documents, cursor = source.poll(json.loads(json.dumps(cursor)))
+    (two,) = documents
+    assert (two.text, two.time, two.source) == ("two", 5.0, str(path)) and two.id == stream.fingerprint(
+        str(path), "two"
+    )
+    assert source.poll(cursor)[0] == []
+    path.rename(tmp_path / "old")
+    assert source.poll(cursor)[0] == [], "gone while it is rotated"
+    path.write_bytes(line("three") * 1 + line("a longer fourth, so that this file is larger than its predecessor" * 9))
+    documents, cursor = source.poll(cursor)
+    assert [d.text[:5] for d in documents] == ["three", "a lon"] and documents[0].time == clock.now
+    path.write_bytes(line("five"))
+    documents, cursor = source.poll(cursor)
+    assert [d.text for d in documents] == ["five"] and "bad" in cursor and cursor["bad"] == 0 and "error" not in cursor
+
+
+def test_tail_skips_and_counts_bad_lines(tmp_path):
+    path = tmp_path / "news.jsonl"
+    bad = [
+        b"no json\n",
+        b'{"title": "x"}\n',
+        b'["text"]\n',
+        b'{"text": "\xff"}\n',
+        b'{"text": 5}\n',
+        b'{"text": " "}\n',
+    ]
+    bad += [b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b'{"text": "' + b"x" * stream.LIMIT + b'"}\n']
+    odd = [b"\n", b'{"text": "\\ud800 b\\u0000c", "time": NaN}\n', line("later", time=True), line("d", time="soon")]
+    path.write_bytes(line("first") + b"".join(bad) + b"".join(odd) + b"no json either\n")
+    documents, cursor = Tail(path, clock=Clock(7.0)).poll({})
+    assert [d.text for d in documents] == ["first", "? bc", "later", "d"] and {d.time for d in documents} == {7.0}
+    assert cursor["bad"] == len(bad) + 1 and cursor["error"] == f"{path}, line {len(bad) + 6}: no JSON"
+    path.write_bytes(path.read_bytes() + line("x")[:-2] + b"\n")
+    assert Tail(path).poll(cursor)[1]["error"] == f"{path}, line {len(bad) + 7}: no JSON"
+
+
+def test_tail_of_a_folder(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(line(f"a{n}") for n in range(5)))
+    (tmp_path / "b.jsonl").write_bytes(line("b0"))
+    (tmp_path / "c.txt").write_text("A whole\ntext.")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "e.txt").touch()
+    (tmp_path / "ignored.csv").write_text("text")
+    os.utime(tmp_path / "c.txt", (1e9, 1e9))
+    source = Tail(tmp_path, batch=2)
+    documents, cursor = source.poll({})
+    assert sorted(d.text for d in documents) == ["A whole\ntext.", "a0", "a1", "b0"]
+    assert [d.time for d in documents if d.text.startswith("A")] == [1e9]
+    assert cursor["bad"] == 1 and cursor["error"] == f"{tmp_path / 'd.txt'}: broken UTF-8"
+    (tmp_path / "e.txt").write_text("No longer empty")
+    (tmp_path / "b.jsonl").unlink()
+    seen = []
+    for _ in range(3):
+        documents, cursor = source.poll(cursor)
+        seen += [d.text for d in documents]
+    assert sorted(seen) == ["No longer empty", "a2", "a3", "a4"] and cursor["bad"] == 1
+    assert set(cursor["files"]) == {"a.jsonl", "c.txt", "d.txt", "e.txt"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(min_size=1).filter(lambda text: text.replace("\0", "").strip()), max_size=8),
+    cuts=st.lists(st.floats(0, 1), max_size=8),
+    batch=st.integers(1, 3),
+)
+def test_tail_polled_at_any_cut_gives_each_line_once(tmp_path_factory, texts, cuts, batch):
+    path = tmp_path_factory.mktemp("cut") / "news.jsonl"
+    body = b"".join(
+        json.dumps({"text": t, "id": str(n)}, ensure_ascii=False).encode() + b"\n" for n, t in enumerate(texts)
+    )
+    cursor, ids, written = {}, [], 0
+    for end in [*sorted(int(cut * len(body)) for cut in cuts), *[len(body)] * (len(texts) + 1)]:
+        with path.open("ab") as file:
+            file.write(body[written:end])
+        written = end
+        documents, cursor = Tail(path, batch=batch).poll(json.loads(json.dumps(cursor)))
+        ids += [d.id for d in documents]
+    assert ids == [str(n) for n in range(len(texts))] and cursor["bad"] == 0
+
+
+def until_finished(source: stream.Source, cursor: dict | None = None) -> tuple[list[Document], dict]:
+    documents, cursor, ends = [], cursor or {}, time.monotonic() + 10
+    while not source.finished(cursor):
+        assert time.monotonic() < ends
+        more, cursor = source.poll(cursor)
+        documents += more
+    return documents, cursor
+
+
+def test_lines_of_standard_input():
+    read, write = os.pipe()
+    source = Lines(os.fdopen(read, "rb"), batch=2)
+    os.write(write, line("one") + b"bad\n" + line("two"))
+    documents, cursor, ends = [], {}, time.monotonic() + 10
+    while len(documents) < 2 and time.monotonic() < ends:
+        more, cursor = source.poll(cursor)
+        documents += more
+    assert [d.text for d in documents] == ["one", "two"] and not source.finished(cursor)
+    assert cursor["bad"] == 1 and cursor["error"] == "standard input, line 2: no JSON"
+    os.write(write, line("three")[:-1])
+    os.close(write)
+    rest, cursor = until_finished(source, cursor)
+    assert [d.text for d in rest] == ["three"], "the end of the stream ends its last line"
+
+
+def test_lines_are_held_back_until_polled():
+    body = io.BytesIO(b"".join(line(str(n)) for n in range(100)))
+    source = Lines(body, batch=2)
+    documents, _ = until_finished(source)
+    assert [d.text for d in documents] == [str(n) for n in range(100)]
+
+
+def test_replay_at_a_speed():
+    frame = pd.DataFrame({"text": ["c", "a", "b", None], "time": [7200.0, 0.0, 3600.0, 1.0], "id": [3, 1, 2, 4]})
+    clock = Clock(50.0)
+    source, cursor = Replay(frame, speed=60, clock=clock), {}
+    documents, cursor = source.poll(cursor)
+    assert [(d.id, d.time, d.source) for d in documents] == [("1", 0.0, "replay")]
+    clock.now += 59
+    assert source.poll(cursor)[0] == []
+    clock.now += 1
+    documents, cursor = source.poll(cursor)
+    assert [d.text for d in documents] == ["b"] and not source.finished(cursor)
+    again = Replay(frame, speed=60, clock=clock)
+    documents, end = again.poll(cursor)
+    assert [d.text for d in documents] == ["c"] and again.finished(end), "goes on where the cursor stands, at once"
+    assert again.name == source.name != Replay(frame[:2], 0).name
+
+
+def test_replay_as_fast_as_asked_and_what_it_refuses():
+    days = pd.date_range("2020-01-01", periods=5)
+    source = Replay(pd.DataFrame({"text": list("abcde"), "time": days}), speed=0, batch=2)
+    first, cursor = source.poll({})
+    assert [d.time for d in first] == [1577836800.0, 1577923200.0]
+    assert [d.text for d in first + until_finished(source, cursor)[0]] == list("abcde")
+    with pytest.raises(StreamError, match="no column time; there are text"):
+        Replay(pd.DataFrame({"text": ["a"]}), 0)
+    with pytest.raises(StreamError, match="'soon' is neither"):
+        Replay(pd.DataFrame({"text": ["a"], "time": ["soon"]}), 0)
+
+
+def test_open_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(line("x"))}))
+    (tmp_path / "a.jsonl").touch()
+    kinds = [
+        type(stream.open_source(word))
+        for word in ("https://a/b", "HTTP://a", "-", str(tmp_path / "a.jsonl"), str(tmp_path))
+    ]
+    assert kinds == [Feed, Feed, Lines, Tail, Tail]
+    for word in ("ftp://a/b", "http://", str(tmp_path / "none.jsonl"), ""):
+        if word:
+            with pytest.raises(StreamError, match="is no source: give the address"):
+                stream.open_source(word)
+
+
+# The journal
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with Journal(tmp_path / "journal.db", clock=Clock()) as journal:
+        yield journal
+
+
+def take(journal: Journal, *documents: Document) -> list[str]:
+    """Takes documents as a monitor does; returns the ids of those that are new."""
+    with journal.transaction():
+        found = new_documents(journal, documents)
+        for document in found:
+            journal.add(document, {"negative": 0.5})
+    return [document.id for document in found]
+
+
+def doc(name: str, text: str = "", time: float = 1.6e9, source: str = "s") -> Document:
+    return Document(name, source, time, text or f"text {name} of its own, with words {name}{name} for {name}")
+
+
+def test_journal_keeps_everything_or_nothing(journal):
+    with journal.transaction():
+        journal.set_cursor("a", {"offset": 1})
+        journal.set_state("cusum", [1.5, None])
+        journal.add(doc("1"), {"negative": 0.25})
+        journal.add(doc("1", "other"), {"negative": 1})
+    with pytest.raises(ZeroDivisionError), journal.transaction():
+        journal.set_cursor("a", {"offset": 2})
+        journal.set_state("cusum", 0)
+        journal.add(doc("2"), {})
+        journal.add_alert("x", 1.0, {})
+        1 / 0  # noqa: B018
+    assert journal.cursor("a") == {"offset": 1} and journal.cursor("b") == {}
+    assert journal.state("cusum") == [1.5, None] and journal.state("other", 7) == 7
+    recent = journal.recent()
+    assert recent["id"].tolist() == ["1"] and recent["scores"][0] == {"negative": 0.25} and len(journal.alerts()) == 0
+    assert recent["text"][0] == doc("1").text and len(journal.recent(since=1.6e9 + 1)) == 0
+
+
+def test_alerts_are_an_outbox(journal):
+    assert list(journal.alerts()) == ["id", "time", "acknowledged", "right"]
+    journal.add_alert("b", 2.0, {"kind": "drift", "id": "own"})
+    journal.add_alert("a", 1.0, {"kind": "volume", "z": 3.5})
+    journal.add_alert("a", 9.0, {"kind": "again"})
+    assert journal.undelivered("mail") == [
+        {"kind": "volume", "z": 3.5, "id": "a", "time": 1.0},
+        {"kind": "drift", "id": "b", "time": 2.0},
+    ]
+    journal.delivered("a", "mail")
+    journal.delivered("a", "mail")
+    assert [alert["id"] for alert in journal.undelivered("mail")] == ["b"] and len(journal.undelivered("file")) == 2
+    journal.acknowledge("b")
+    assert journal.alerts()["right"].tolist() == [None, None] and journal.alerts()["acknowledged"].tolist() == [
+        False,
+        True,
+    ]
+    journal.judge("a", False)
+    journal.judge("b", True)
+    journal.acknowledge("a")
+    frame = journal.alerts()
+    assert frame["id"].tolist() == ["a", "b"] and [right is False for right in frame["right"]] == [True, False]
+    assert frame["right"][1] is True and frame["acknowledged"].all() and frame["kind"].tolist() == ["volume", "drift"]
+    for act in (journal.acknowledge, lambda name: journal.judge(name, True)):
+        with pytest.raises(StreamError, match=r"No alert 'c' in .*journal.db; journal.alerts\(\) lists"):
+            act("c")
+
+
+def test_one_monitor_writes_a_journal(tmp_path):
+    path = tmp_path / "deep" / "journal.db"
+    with Journal(path) as journal:
+        journal.add_alert("a", 1.0, {})
+        with pytest.raises(StreamError, match="held by another monitor"):
+            Journal(path)
+        code = f"from llmprod.journal import Journal; Journal({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1 and "StreamError" in done.stderr and "held by another monitor" in done.stderr
+        with Journal(path, shared=True) as beside:
+            beside.judge("a", True)
+        assert journal.alerts()["right"].tolist() == [True]
+    Journal(path).close()
+
+
+def test_journals_that_can_not_be_used(tmp_path):
+    path = tmp_path / "journal.db"
+    Journal(path).close()
+    whole = path.read_bytes()
+
+    def refused(match: str, where=path):
+        before = where.read_bytes() if where.is_file() else None
+        with pytest.raises(StreamError, match=match):
+            Journal(where)
+        assert before is None or where.read_bytes() == before, "left as it is"
+
+    path.write_bytes(b"no database at all" * 100)
+    refused("damaged or no journal")
+    path.write_bytes(whole[:4096] + os.urandom(len(whole) - 4096))
+    refused("damaged or no journal")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("damaged or no journal")
+    path.write_bytes(whole)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 9")
+    db.close()
+    refused("version 9")
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE mine (x)")
+    db.close()
+    refused("database of something else")
+    refused("folder can't be written", tmp_path / "journal.db" / "below.db")
+    refused("folder can't be written", type(path)("/proc/journal.db"))
+    (tmp_path / "folder.db").mkdir()
+    refused("can't be opened", tmp_path / "folder.db")
+    path.unlink()
+    Journal(path).close()
+
+
+def test_a_full_disk_is_told_and_nothing_is_half(journal):
+    pages = journal.db.execute("PRAGMA page_count").fetchone()[0]
+    journal.db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(StreamError, match="disk is full"), journal.transaction():
+        journal.set_cursor("a", {"offset": 1})
+        journal.add(doc("1", "x" * 100_000), {})
+    assert journal.cursor("a") == {} and len(journal.recent()) == 0
+    journal.db.execute("PRAGMA max_page_count = 100000")
+    assert take(journal, doc("1")) == ["1"]
+
+
+MONITOR = """
+    import os, sys
+    import datasketch  # imported once, before processes are made
+    from llmprod import stream
+    from llmprod.journal import Journal, new_documents, ready
+
+    def monitor(folder):
+        source = stream.Tail(folder + "/news.jsonl", batch=5)
+        with Journal(folder + "/journal.db") as journal:
+            for turn in range(10**6):
+                documents, cursor = source.poll(journal.cursor(source.name))
+                with journal.transaction():
+                    for document in new_documents(journal, documents):
+                        journal.add(document, {"n": 1})
+                    journal.set_cursor(source.name, cursor)
+                    fed = ready(journal, lateness=3)
+                    journal.set_state("fed", journal.state("fed", []) + [document.id for document, _ in fed])
+                if turn == 0:
+                    print("committed", os.getpid(), flush=True)
+
+    for folder in sys.stdin:
+        if (child := os.fork()) == 0:
+            monitor(folder.strip())
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_killed_monitor_loses_nothing_and_doubles_nothing(tmp_path):
+    rng, count = random.Random(0), 3000
+    lines = [line(doc(str(n)).text, id=str(n), time=1e9 + n + rng.uniform(-1, 1)) for n in range(count)]
+    (tmp_path / "news.jsonl").write_bytes(b"".join(lines))
+    source, past = str(tmp_path / "news.jsonl"), []
+    command = [sys.executable, "-c", textwrap.dedent(MONITOR)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        for _ in range(5):
+            process.stdin.write(f"{tmp_path}\n")
+            word, monitor = process.stdout.readline().split()
+            assert word == "committed"
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(int(monitor), signal.SIGKILL)
+            assert process.stdout.readline() == f"ended {-signal.SIGKILL:d}\n"
+            with Journal(tmp_path / "journal.db") as journal:
+                place = journal.cursor(source).get("files", {}).get("news.jsonl", {"offset": 0, "line": 0})
+                recent = journal.recent()
+                assert len(recent) == place["line"] and place["offset"] == sum(map(len, lines[: place["line"]]))
+                assert (recent["fed"] == 1).sum() == len(journal.state("fed", []))
+                past.append(place["line"])
+    assert 0 < past[0] < past[-1] < count and past == sorted(set(past))
+    with Journal(tmp_path / "journal.db") as journal:
+        tail, documents = Tail(source), True
+        while documents:
+            with journal.transaction():
+                documents, cursor = tail.poll(journal.cursor(tail.name))
+                for document in new_documents(journal, documents):
+                    journal.add(document, {"n": 1})
+                journal.set_cursor(tail.name, cursor)
+        with journal.transaction():
+            fed = journal.state("fed") + [document.id for document, _ in ready(journal, 3, flush=True)]
+        times = journal.recent().set_index("id")["time"]
+        assert len(times) == count and sorted(fed, key=int) == [str(n) for n in range(count)] and journal.late() == 0
+        assert times[fed].is_monotonic_increasing
+
+
+# Duplicates
+
+STORY = (
+    "the central bank raised its main interest rate by half a point on thursday and said that further steps would "
+    "follow if prices went on rising as they had done since the spring of last year"
+)
+
+
+def test_repeats_and_near_repeats_are_dropped(journal):
+    words = STORY.split()
+    changed = " ".join([*words[:-1], "month"])
+    half = " ".join([*words[:16], *(f"other{n}" for n in range(18))])
+    assert take(journal, doc("a", STORY), doc("a", "same id"), doc("b", STORY.upper(), source="t"), doc("c", half)) == [
+        "a",
+        "c",
+    ]
+    assert take(journal, doc("a", "same id"), doc("d", f"  {STORY}\n"), doc("e", changed), doc("f", half + " x")) == []
+    assert take(journal, doc("g", " ".join(reversed(words))), doc("h", "short"), doc("i", "short too")) == [
+        "g",
+        "h",
+        "i",
+    ]
+    assert take(journal, doc("j", "Short"), doc("k", STORY, time=1.6e9 + 2 * DAY)) == []
+    assert take(journal, doc("k", STORY, time=1.6e9 + 4 * DAY)) == ["k"], "three days are over"
+    assert take(journal, doc("a", "an id is known for ever")) == []
+
+
+def test_forgetting_leaves_no_traces(journal):
+    take(journal, *(doc(str(n), time=1.6e9 + n) for n in range(50)))
+    count = "SELECT (SELECT count(*) FROM signatures), (SELECT count(*) FROM bands)"
+    assert journal.db.execute(count).fetchone() == (50, 50 * 16)
+    take(journal, doc("new", time=1.6e9 + 3 * DAY + 25))
+    assert journal.db.execute(count).fetchone() == (26, 26 * 16)
+
+
+def test_near_repeats_are_found_as_the_measure_says(journal):
+    """Texts with a known Jaccard similarity: nearly all pairs at 0.9 are found, and nearly none at 0.6."""
+    rng = random.Random(0)
+    found = {}
+    for shared, fresh in ((47, 3), (37, 13)):  # 50 words, 48 runs of three; a new end changes as many runs
+        originals = [[f"w{rng.randrange(10**6)}" for _ in range(50)] for _ in range(100)]
+        copies = [words[:shared] + [f"v{rng.randrange(10**6)}" for _ in range(fresh)] for words in originals]
+        assert len(take(journal, *(doc(f"o{fresh}-{n}", " ".join(w)) for n, w in enumerate(originals)))) == 100
+        found[fresh] = 100 - len(take(journal, *(doc(f"c{fresh}-{n}", " ".join(w)) for n, w in enumerate(copies))))
+    assert found[3] >= 93 and found[13] <= 3
+
+
+def test_duplicates_need_a_transaction_and_leave_no_half_of_one(journal):
+    for act in (lambda: new_documents(journal, [doc("a")]), lambda: ready(journal, 0)):
+        with pytest.raises(RuntimeError, match="within journal"):
+            act()
+    with pytest.raises(ZeroDivisionError), journal.transaction():
+        assert len(new_documents(journal, [doc("a")])) == 1
+        1 / 0  # noqa: B018
+    assert take(journal, doc("a")) == ["a"] and take(journal) == []
+
+
+def test_a_bad_date_moves_nothing(journal):
+    far = doc("far", time=4e9)
+    assert take(journal, doc("now", time=1.7e9 - 5), far, doc("soon", time=1.7e9 + DAY - 1)) == ["now", "far", "soon"]
+    assert dict(zip(*(journal.recent()[c] for c in ("id", "time")), strict=True))["far"] == 1.7e9
+    with journal.transaction():
+        journal.add(doc("nan", time=float("nan")), {})
+    assert journal.recent()["time"].max() == 1.7e9 + DAY - 1 and len(journal.recent()) == 4
+
+
+# Order
+
+
+def test_ready_waits_for_the_late_and_takes_no_step_back(journal):
+    def fed(*documents, **options):
+        take(journal, *documents)
+        with journal.transaction():
+            return [document.id for document, scores in ready(journal, **({"lateness": 10} | options)) if scores]
+
+    base = 1.6e9
+    assert fed() == []
+    assert fed(doc("a", time=base), doc("b", time=base + 5)) == []
+    assert fed(doc("c", time=base + 12)) == ["a"]
+    assert fed(doc("d", time=base + 3), doc("e", time=base + 15)) == ["d", "b"], "d is late, and not too late"
+    assert fed(doc("f", time=base + 4)) == [] and journal.late() == 1
+    assert fed(flush=True) == ["c", "e"] and fed(flush=True) == []
+    assert fed(doc("g", time=base + 15), doc("h", time=base + 14)) == ["g"] and journal.late() == 2
+    assert journal.recent().set_index("id")["fed"].to_dict() == dict.fromkeys("abcdeg", 1) | {"f": 2, "h": 2}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    arrivals=st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=10),
+    lateness=st.integers(0, 15),
+)
+def test_each_document_is_fed_once_in_order_or_is_late(tmp_path_factory, arrivals, lateness):
+    fed, watermark, expected_late, number = [], float("-inf"), 0, 0
+    with Journal(tmp_path_factory.mktemp("order") / "journal.db") as journal:
+        latest = float("-inf")
+        for batch in [*arrivals, None]:
+            with journal.transaction():
+                for moment in batch or []:
+                    journal.add(doc(str(number), time=moment), {"n": number})
+                    number, latest = number + 1, max(latest, moment)
+                    expected_late += moment < watermark
+                given_now = ready(journal, lateness, flush=batch is None)
+            watermark = max(watermark, latest - (0 if batch is None else lateness))
+            assert all(document.time <= watermark for document, _ in given_now)
+            fed += given_now
+        assert [d.time for d, _ in fed] == sorted(d.time for d, _ in fed)
+        assert all(scores == {"n": int(d.id)} for d, scores in fed)
+        assert len({d.id for d, _ in fed}) == len(fed) == number - expected_late and journal.late() == expected_late
