@@ -73,7 +73,8 @@ def assert_whole(folder):
 
 
 def test_registry_is_complete():
-    needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k"}
+    needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k",
+              "ner-finance", "loughran-mcdonald"}  # fmt: skip
     needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
     assert needed <= set(artifacts.registry())
     for name, item in artifacts.registry().items():
