@@ -203,8 +203,8 @@ def rating(parameters: Mapping[str, object]) -> dict:
     table = sentiment.load(parameters["dataset"], parameters["part"])
     train, validation, test = sentiment.halves(table, parameters["seed"], parameters["by"] or "text")
     started = time.perf_counter()
-    task = sentiment.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
-    learnt = sentiment.learn([task], **training_of(parameters))
+    tasks = sentiment.rating_tasks(train, parameters["borrowed"], parameters["part"], parameters["seed"])
+    learnt = sentiment.learn(tasks, **training_of(parameters))
     seconds = time.perf_counter() - started
 
     def rate(texts: Sequence[str]) -> np.ndarray:

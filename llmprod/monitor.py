@@ -107,17 +107,31 @@ class Scorer:
                 "sentiment": sentiment.CLASSES[kind],
                 "negative": round(float(probability), 4),
                 "length": len(text.split()),
-                "about": sorted({f"{e.kind}: {e.name}" for e in entities.by_rules(text, amounts=False)}),
+                "about": named,
             }
-            for text, topic, rating, kind, probability in zip(
+            for text, topic, rating, kind, probability, named in zip(
                 texts,
                 logits.argmax(axis=1),
                 said["sentiment"],
                 classes,
                 self.negative(said["sentiment"]),
+                self.about(texts),
                 strict=True,
             )
         ]
+
+    def about(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """For each text and each company or currency in it, how probably what is said about that one is negative."""
+        passages = []
+        for number, text in enumerate(texts):
+            found = entities.about(text, entities.by_rules(text, amounts=False))
+            passages += [(number, f"{kind}: {name}", " ".join(said)) for (kind, name), said in found.items()]
+        answers = [{} for _ in texts]
+        if passages:
+            ratings = sentiment.predict(*self.feelings, [said for *_, said in passages], self.precision)["sentiment"]
+            for (number, key, _), probability in zip(passages, self.negative(ratings), strict=True):
+                answers[number][key] = round(float(probability), 4)
+        return answers
 
 
 # Alerts: what was written to the journal's outbox is delivered to each channel
@@ -248,7 +262,7 @@ class Monitor:
     ):
         """
         Args:
-            scorer: documents -> scores with topic, negative (probability) and about (companies and currencies)
+            scorer: documents -> scores with topic, negative (probability) and about (the same by company or currency)
             detector: makes one for a topic or company that is new, from its key
             channels: where alerts go
             lateness: seconds that a document may come late and still be put in order of time before it is watched
@@ -273,27 +287,32 @@ class Monitor:
             for document, scores in zip(new, self.scorer(new), strict=True):
                 self.journal.add(document, scores)
             detectors: dict[str, surge.Cusum] = {}
-            for document, scores in ready(self.journal, self.lateness, flush=last):
-                self.watch(document, scores, detectors)
+            fed = ready(self.journal, self.lateness, flush=last)
+            alerts = sum(self.watch(document, scores, detectors) for document, scores in fed)
             for key, detector in detectors.items():
                 self.journal.set_state(key, asdict(detector))
-        self.counts.update({"documents": len(new), "repeats": len(came) - len(new)})
+        self.counts.update({"documents": len(new), "repeats": len(came) - len(new), "alerts": alerts})
         self.deliver()
         return len(came)
 
-    def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum]) -> None:
-        """Lets the detectors of a document's topic and companies see it, and puts an alert into the outbox."""
-        for key in (f"topic: {scores['topic']}", *scores["about"]):
+    def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum]) -> int:
+        """Lets the detectors of a document's topic, companies and currencies see it; alerts go into the outbox.
+
+        Returns how many alerts there were.
+        """
+        alerts = 0
+        for key, probability in {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}.items():
             if key not in detectors:
                 state = self.journal.state(key, None)
                 detectors[key] = surge.Cusum.from_dict(state) if state else self.detector(key)
-            alarm = detectors[key].update(document.time, scores["negative"], document.id)
+            alarm = detectors[key].update(document.time, probability, document.id)
             if alarm:
-                self.counts["alerts"] += 1
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]
                 found = alarm._asdict() | {"key": key, "count": alarm.documents}
                 found["documents"] = [self.journal.document(cause) for cause, _ in found.pop("causes")]
                 self.journal.add_alert(name, document.time, found)
+                alerts += 1
+        return alerts
 
     def deliver(self) -> None:
         """Hands every channel what it has not had yet, in order; one that fails keeps the rest for later."""

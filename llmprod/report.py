@@ -423,7 +423,7 @@ def sentiment_table(language: str) -> str:
             ["方法", "社论，r", "F1", "财经新闻，准确率", "宏平均 F1", "标注一致，准确率", "宏平均 F1", "来源"],
         ),
     }[language]
-    editorials = study.means("sentiment", ["by", "layers"], ["r", "weighted F1"])
+    editorials = study.means("sentiment", ["by", "layers", "borrowed"], ["r", "weighted F1"])
     if editorials.empty:
         return missing
     editorials = study.styled(editorials)
@@ -433,12 +433,13 @@ def sentiment_table(language: str) -> str:
     def of_news(part: str) -> list[str]:
         return news.loc[part].tolist() if part in news.index else ["", ""]
 
-    rows = [["**MiniLM, fine-tuned (22.7 M parameters)**", *editorials.loc[("text", 0)]]]
-    rows[0] += [*of_news("50Agree"), *of_news("AllAgree"), here]
-    for (by, layers), row in editorials.iterrows():
-        if (by, layers) != ("text", 0):
-            name = f"MiniLM, {layers} layers" if layers else "MiniLM, no article on both sides of the split"
-            rows.append([name, *row, "", "", "", "", here])
+    rows = []
+    for (by, layers, borrowed), row in editorials.iterrows():
+        main = by == "text" and not layers and borrowed
+        name = "**MiniLM, fine-tuned (22.7 M parameters)**" if main else f"MiniLM, {layers} layers"
+        if not layers and not main:
+            name = "MiniLM, no article in both halves" if borrowed else "MiniLM, taught by editorials alone"
+        rows.append([name, *row, *(of_news("50Agree") + of_news("AllAgree") if main else [""] * 4), here])
     figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))["12_financial_sentiment"]
     for item in figures["sentiment-human"]:
         r = item["value"] if item["metric"].startswith("sentiment r") else ""

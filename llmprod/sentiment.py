@@ -262,6 +262,23 @@ class Task:
         return torch.nn.functional.cross_entropy(logits, targets.float() if targets.ndim == 2 else targets.long())
 
 
+def rating_tasks(train: pd.DataFrame, borrowed: int = 0, part: str = "", seed: int = 0) -> list[Task]:
+    """The task of rating training texts, and beside it a head for each other domain of `sentiment-human`.
+
+    People's ratings of tweets and reviews teach the encoder what feeling sounds like elsewhere; their heads are not used.
+
+    Args:
+        borrowed: training texts of each other domain
+        part: the domain that `train` is of, where it is one
+    """
+    tasks = [Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())]
+    for domain in DOMAINS if borrowed else ():
+        if domain != (part or "nyt"):
+            other = halves(load(part=domain), seed)[0].head(borrowed)
+            tasks.append(Task(domain, other["text"].tolist(), other["rating"].to_numpy()))
+    return tasks
+
+
 def learn(
     tasks: Sequence[Task],
     model: str = "minilm",

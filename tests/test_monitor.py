@@ -32,9 +32,9 @@ def by_words(documents):
         {
             "topic": "earn" if "Acme" in d.text else "ship",
             "rating": 0.0,
-            "negative": 0.9 if any(word in d.text for word in BAD) else 0.1,
+            "negative": (negative := 0.9 if any(word in d.text for word in BAD) else 0.1),
             "length": len(d.text.split()),
-            "about": ["company: acme"] if "Acme" in d.text else [],
+            "about": {"company: acme": negative} if "Acme" in d.text else {},
         }
         for d in documents
     ]
@@ -253,12 +253,16 @@ def test_the_scorer_reads_what_was_saved(trained):
         stream.Document("1", "s", 0.0, "Acme Corp said it suffered a terrible loss and fired workers in a scandal."),
         stream.Document("2", "s", 0.0, "Acme Corp won a wonderful award for its great and happy results."),
         stream.Document("3", "s", 0.0, "The tanker and the cargo ship."),
+        stream.Document(
+            "4", "s", 0.0, "Acme Corp won a wonderful award. Beta Inc suffered a terrible loss and scandal."
+        ),
     ]
-    bad, good, ship = monitor.Scorer(trained)(documents)
+    bad, good, ship, mixed = monitor.Scorer(trained)(documents)
     assert bad["negative"] > good["negative"] + 0.2
     assert bad["rating"] < 0 < good["rating"]
-    assert "company: acme" in bad["about"]
-    assert ship["topic"] == "ship"
+    assert bad["about"]["company: acme"] > good["about"]["company: acme"] + 0.2
+    assert ship["topic"] == "ship" and ship["about"] == {}
+    assert mixed["about"]["company: beta"] > mixed["about"]["company: acme"] + 0.1
     assert monitor.Scorer(trained)([]) == []
     with pytest.raises(monitor.MonitorError, match="12_financial_sentiment"):
         monitor.Scorer(trained / "nowhere")
