@@ -265,7 +265,7 @@ class Task:
 def rating_tasks(train: pd.DataFrame, borrowed: int = 0, part: str = "", seed: int = 0) -> list[Task]:
     """The task of rating training texts, and beside it a head for each other domain of `sentiment-human`.
 
-    People's ratings of tweets and reviews teach the encoder what feeling sounds like elsewhere; their heads are not used.
+    Ratings of tweets and reviews teach the encoder what feeling sounds like elsewhere; their heads are not used.
 
     Args:
         borrowed: training texts of each other domain

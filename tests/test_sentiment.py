@@ -134,6 +134,17 @@ def test_two_heads_on_one_encoder_learn(learnt):
     assert sentiment.class_names(classifier, "topic") == ["grain", "interest"]
 
 
+def test_other_domains_help_through_heads_of_their_own():
+    train = sentiment.halves(sentiment.load(), seed=0)[0].head(20)
+    assert [task.name for task in sentiment.rating_tasks(train)] == ["sentiment"]
+    tasks = sentiment.rating_tasks(train, borrowed=15)
+    assert [task.name for task in tasks] == ["sentiment", "tweets", "amazon", "movies"]
+    assert [len(task.texts) for task in tasks] == [20, 15, 15, 15]
+    borrowed = {text for task in tasks[1:] for text in task.texts}
+    assert not borrowed & set(sentiment.halves(sentiment.load(part="tweets"), seed=0)[2]["text"])
+    assert "nyt" in [task.name for task in sentiment.rating_tasks(train, borrowed=5, part="movies")]
+
+
 def test_a_checkpoint_says_the_same(learnt, tmp_path):
     classifier, tokenizer, _ = learnt
     models.save_checkpoint(classifier, tokenizer, tmp_path / "model", "card")
