@@ -423,23 +423,22 @@ def sentiment_table(language: str) -> str:
             ["方法", "社论，r", "F1", "财经新闻，准确率", "宏平均 F1", "标注一致，准确率", "宏平均 F1", "来源"],
         ),
     }[language]
-    editorials = study.means("sentiment", ["by", "layers", "borrowed"], ["r", "weighted F1"])
-    if editorials.empty:
+    measured = reference("cpu").get("12_financial_sentiment")
+    if not measured:
         return missing
-    editorials = study.styled(editorials)
+    metrics = measured["metrics"]
     news = study.means("phrasebank", ["part"], ["accuracy", "macro-F1"])
-    news = study.styled(news) if len(news) else pd.DataFrame(index=[], columns=["accuracy", "macro-F1"])
-
-    def of_news(part: str) -> list[str]:
-        return news.loc[part].tolist() if part in news.index else ["", ""]
-
-    rows = []
-    for (by, layers, borrowed), row in editorials.iterrows():
-        main = by == "text" and not layers and borrowed
-        name = "**MiniLM, fine-tuned (22.7 M parameters)**" if main else f"MiniLM, {layers} layers"
-        if not layers and not main:
-            name = "MiniLM, no article in both halves" if borrowed else "MiniLM, taught by editorials alone"
-        rows.append([name, *row, *(of_news("50Agree") + of_news("AllAgree") if main else [""] * 4), here])
+    news = study.styled(news) if len(news) else pd.DataFrame(columns=["accuracy", "macro-F1"])
+    folds = [cell for part in ("50Agree", "AllAgree") for cell in (news.loc[part] if part in news.index else ["", ""])]
+    ours = {
+        "**MiniLM, fine-tuned (22.7 M parameters)**": ("sentiment r", "sentiment weighted F1", folds),
+        "MiniLM, frozen + ridge": ("sentiment r, frozen", None, [""] * 4),
+        "VADER, measured here": ("sentiment r, VADER", "sentiment weighted F1, VADER", [""] * 4),
+    }
+    rows = [
+        [method, *(spread(metrics[name]) if name else "" for name in names), *rest, here]
+        for method, (*names, rest) in ours.items()
+    ]
     figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))["12_financial_sentiment"]
     for item in figures["sentiment-human"]:
         r = item["value"] if item["metric"].startswith("sentiment r") else ""
