@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, entities, models, paths, report, sentiment, surge
 from llmprod.journal import Journal, new_documents, ready
-from llmprod.stream import Document
+from llmprod.stream import DAY, Document
 
 
 class MonitorError(LLMProdError):
@@ -269,6 +269,7 @@ class Monitor:
         """
         self.scorer, self.journal, self.detector = scorer, journal, detector
         self.channels, self.lateness, self.counts, self.problems = list(channels), lateness, Counter(), {}
+        self.newest = 0.0  # event time of the newest document
 
     def step(self, sources: Sequence, last: bool = False) -> int:
         """One round over all sources. Returns how many documents came; `last` watches also what is still in order.
@@ -291,6 +292,7 @@ class Monitor:
             alerts = sum(self.watch(document, scores, detectors) for document, scores in fed)
             for key, detector in detectors.items():
                 self.journal.set_state(key, asdict(detector))
+        self.newest = max([self.newest, *(document.time for document in new)])
         self.counts.update({"documents": len(new), "repeats": len(came) - len(new), "alerts": alerts})
         self.deliver()
         return len(came)
@@ -335,6 +337,8 @@ class Monitor:
 def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 5.0) -> Counter:
     """Steps until the sources are finished, or for ever; a first Ctrl-C or SIGTERM ends it after the step at hand.
 
+    The progress line tells documents a second and, where the newest is of today, how far behind it is.
+
     Args:
         once: end as soon as no source has anything new
         pause: seconds to wait where nothing came
@@ -348,7 +352,9 @@ def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 
                 came = monitor.step(sources)
                 counts = monitor.counts
                 bar.update(counts["documents"] - bar.n)
-                bar.set_postfix_str(f"{counts['repeats']} repeats, {counts['alerts']} alerts")
+                lag = time.time() - monitor.newest
+                shown = f"{counts['repeats']} repeats, {counts['alerts']} alerts"
+                bar.set_postfix_str(shown + (f", {lag:.0f} s behind" if lag < DAY else ""))
                 if not came:
                     finished = all(source.finished(monitor.journal.cursor(source.name)) for source in sources)
                     if once or finished:

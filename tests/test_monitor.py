@@ -5,6 +5,7 @@ import hmac
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     # the same again: nothing new, nothing told
     assert monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)["documents"] == 400
     assert len((tmp_path / "alerts.jsonl").read_text().splitlines()) == len(told)
+
+
+def test_the_progress_line_tells_how_far_behind_it_is(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", [row | {"time": time.time() - 100 + i} for i, row in enumerate(news(20))])
+    monitor.run(watch(tmp_path), [stream.Tail(tmp_path / "in.jsonl")], once=True)
+    behind = re.search(r"(\d+) s behind", capsys.readouterr().err)
+    assert 75 <= int(behind[1]) <= 100
+    write(tmp_path / "old.jsonl", news(5, seed=1))
+    (tmp_path / "old").mkdir()
+    monitor.run(watch(tmp_path / "old"), [stream.Tail(tmp_path / "old.jsonl")], once=True)
+    assert "behind" not in capsys.readouterr().err
 
 
 KILLED = """
