@@ -99,7 +99,7 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
     assert not stale(smoke_run), "prose is no code"
     notebook.cells[-1].source += "\n1 + 1"
     nbformat.write(notebook, path)
-    assert stale(smoke_run) == {"02_finetune", "03_evaluate"}
+    assert stale(smoke_run) == {"02_finetune", "03_evaluate", "12_financial_sentiment"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
     assert not (folder / "results/02_finetune.json").exists()
     again = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("nothing has changed") == 3, "01, 04 and 13 were finished"
+    assert again.stdout.count("nothing has changed") == 4, "01, 04, 12 and 13 were finished"
     assert report.results(folder)["03_evaluate"]["metrics"] == report.results(smoke_run)["03_evaluate"]["metrics"]
 
 

@@ -87,7 +87,7 @@ def test_with_a_key_it_goes_online_and_without_a_network_offline_again(trap, tmp
     """The key alone turns it online: the attempt is seen in the trap, the key in nothing that is written or shown."""
     proxy, asked = trap
     key = "0123456789abcdef0123456789abcdef01234567"
-    settings = {"WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2"}
+    settings = {"WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "15", "WANDB_HTTP_TIMEOUT": "2"}
     done = run_tracked(tmp_path, proxy, **settings)
     assert done.returncode == 0, done.stderr
     assert asked and key not in done.stdout + done.stderr
