@@ -182,13 +182,15 @@ def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: 
 
 def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, value: float | None) -> dict[str, str]:
     """The verdict on one metric and, where it is not REPRODUCED, why."""
-    if mine is None or value is None:
+    if mine is None:
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
     if metric is None:
         return {"verdict": NOT_COMPARABLE, "reason": "no reference was measured"}
     unlike = differences(mine["protocol"], theirs["protocol"])
     if unlike:
         return {"verdict": NOT_COMPARABLE, "reason": "; ".join(unlike)}
+    if value is None:  # only now: other data may not have what a metric needs
+        return {"verdict": MISSING, "reason": "no result; run the notebook"}
     distance = abs(value - metric["mean"])
     if not distance <= tolerance(metric) + 1e-9:  # so that a NaN drifts
         return {"verdict": DRIFTED, "reason": f"{distance:.4f} from the reference mean"}
