@@ -73,6 +73,8 @@ def test_missing():
     assert verdict(None, expected(0.9, 0.9))[0] == "MISSING"
     lacking = result(0.9) | {"metrics": {}}
     assert verdict(lacking, expected(0.9, 0.9))[0] == "MISSING"
+    elsewhere = result(0.9, epochs=3) | {"metrics": {}}
+    assert verdict(elsewhere, expected(0.9, 0.9))[0] == "NOT COMPARABLE", "other data may lack what a metric needs"
 
 
 def test_reference_over_different_protocols_is_refused():
