@@ -501,21 +501,6 @@ def compare(
     return difference(np.arange(quiet), np.arange(surges)), float(low), float(high)
 
 
-def bound(q0: float, q1: float, false_alarms: float) -> float:
-    """Documents from a surge to its alarm for perfect labels, at best: log(ARL) / KL(q1 ‖ q0) (Lorden 1971).
-
-    ARL is the mean number of documents between false alarms. No detector has a shorter mean delay in the worst case,
-    asymptotically: it is the first term for rare alarms. At one false alarm in some hundred documents that is no limit:
-    at 0.1 against 0.3 and one in 100 it is 30, and the median of a CUSUM with perfect labels 9.
-
-    Args:
-        q0, q1: share of negative documents, normally and in a surge
-        false_alarms: for each document
-    """
-    divergence = q1 * math.log(q1 / q0) + (1 - q1) * math.log((1 - q1) / (1 - q0))
-    return -math.log(false_alarms) / divergence
-
-
 # Drift
 
 

@@ -348,12 +348,6 @@ def test_comparison_finds_a_planted_difference_and_none_without_one():
         surge.compare(strict, slow, 100, resamples=1)
 
 
-def test_bound_is_its_formula():
-    divergence = 0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8)
-    assert surge.bound(0.2, 0.6, 0.01) == pytest.approx(math.log(100) / divergence) == pytest.approx(12.058, abs=1e-3)
-    assert surge.bound(0.1, 0.3, 0.01) > surge.bound(0.2, 0.6, 0.01) > surge.bound(0.2, 0.8, 0.01)
-
-
 def tuned(assumed: surge.Settings, distance: float, seed: int = 1) -> pd.Series:
     """One false alarm a week of 100 documents, at a baseline of 0.2."""
     quiet, planted = streams(0.2, 400, seed, distance=distance, history=100)
