@@ -35,7 +35,9 @@ class SentimentError(LLMProdError):
 # Data: frames with the columns text, rating (a number), sentiment (0 negative, 1 neutral, 2 positive), group
 
 
-def load(dataset: str = "sentiment-human", part: str = "", text_column: str = "text", label_column: str = "label"):
+def load(
+    dataset: str = "sentiment-human", part: str = "", text_column: str = "text", label_column: str = "label"
+) -> pd.DataFrame:
     """Texts with their sentiment.
 
     Args:
