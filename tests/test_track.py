@@ -60,7 +60,9 @@ def trap():
 def run_tracked(folder, proxy, **environment):
     """Runs the program above with every way out led into the trap."""
     ways = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"), proxy)
-    clean = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "TRACKING", "NO_PROXY", "no_proxy")}
+    # a W&B run of another test leaves its service's address in WANDB_SERVICE: a child would go out through that service
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    clean = {k: v for k, v in kept.items() if k not in ("TRACKING", "NO_PROXY", "no_proxy")}
     clean |= ways | {"LLMPROD_RUN": str(folder), "HOME": str(folder)} | environment
     return subprocess.run([sys.executable, "-c", TRACKED], env=clean, capture_output=True, text=True, timeout=120)
 
