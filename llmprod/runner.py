@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -175,7 +176,8 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     try:
-        with environment(LLMPROD_RUN=str(folder)):
+        with environment(LLMPROD_RUN=str(folder)), tempfile.TemporaryDirectory(prefix="llmprod-") as sockets:
+            ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"}
             papermill.execute_notebook(
                 paths.NOTEBOOKS / f"{notebook}.ipynb",
                 target,
@@ -185,7 +187,7 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
                 start_timeout=120,
                 execution_timeout=report.pipeline()[notebook]["timeout"],
                 cwd=os.getcwd(),
-                config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),
+                config=Config({"KernelManager": ipc} if os.name == "posix" else {}),
             )
     except PapermillExecutionError as error:
         tidy(target)

@@ -170,7 +170,8 @@ def test_offline_run_holds_the_numbers_of_the_results_file(smoke_run, notebook):
     for name, value in result["protocol"].items():
         if not isinstance(value, dict):  # the protocols of upstream notebooks are in their own runs
             assert config[name] == value, name
-    assert run.run_group == track.git_commit() and run.display_name == f"{notebook}-smoke-seed{result['seed']}"
+    assert run.run_group == result["provenance"]["commit"]
+    assert run.display_name == f"{notebook}-smoke-seed{result['seed']}"
 
 
 def test_tensorboard_has_the_same_numbers(smoke_run):
