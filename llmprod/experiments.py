@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict
 from scipy.special import softmax
 
 from llmprod import (
@@ -18,6 +20,7 @@ from llmprod import (
     finetune,
     methods,
     models,
+    optimize,
     ranking,
     recommend,
     robust,
@@ -37,10 +40,16 @@ def prepared(dataset: str) -> tuple:
 
 def finetuning(parameters: Mapping[str, object]) -> dict:
     """One run of `finetune.learn` and its scores on a split: the test split unless settings are being chosen."""
+    splits, labels, _ = prepared(parameters["dataset"])
+    return fitted(splits, labels, parameters)
+
+
+def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, object]) -> dict:
+    """`finetuning` on splits that are there; without a validation split it trains all epochs."""
     track.set_threads()
     track.quiet()
-    splits, labels, _ = prepared(parameters["dataset"])
     settings = {name: parameters[name] for name in runner.declared("02_finetune")}
+    settings["judged"] = None if "validation" in splits else False
     with tempfile.TemporaryDirectory() as folder:
         learnt = finetune.learn(splits, labels, Path(folder) / "trainer", progress=False, **settings)
         memory = track.peak_memory_mb()
@@ -77,7 +86,6 @@ def changed_texts(learnt: finetune.Learnt, texts: list[str], y: np.ndarray, para
 
 def setfit_library(parameters: Mapping[str, object]) -> dict:
     """The setfit library on the same labelled texts: contrastive pairs, then logistic regression on the vectors."""
-    from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
     track.set_threads()
@@ -206,6 +214,10 @@ def rating(parameters: Mapping[str, object]) -> dict:
     tasks = sentiment.rating_tasks(train, parameters["borrowed"], parameters["part"], parameters["seed"])
     learnt = sentiment.learn(tasks, **training_of(parameters))
     seconds = time.perf_counter() - started
+    if parameters["int8"]:
+        with tempfile.TemporaryDirectory() as folder:
+            models.save_checkpoint(*learnt, Path(folder) / "learnt", "")
+            learnt = optimize.int8(Path(folder) / "learnt")
 
     def rate(texts: Sequence[str]) -> np.ndarray:
         return sentiment.predict(*learnt, list(texts), parameters["precision"])["sentiment"]
@@ -224,23 +236,28 @@ def rating(parameters: Mapping[str, object]) -> dict:
 
 
 def ten_fold(parameters: Mapping[str, object]) -> dict:
-    """One fold of ten, stratified, of Financial PhraseBank; the fold's number is the seed."""
+    """One fold of ten, stratified, of Financial PhraseBank; the fold's number is the seed.
+
+    With `split` "validation" the fold itself is left alone: a sixth of the other nine is scored in its place.
+    """
     from sklearn.model_selection import StratifiedKFold
 
-    track.set_threads()
-    track.quiet()
+    def parted(table: pd.DataFrame, parts: int, number: int, seed: int) -> list[pd.DataFrame]:
+        folds = StratifiedKFold(parts, shuffle=True, random_state=seed).split(table, table["sentiment"])
+        return [table.iloc[rows] for rows in list(folds)[number]]
+
     table = sentiment.load(parameters["dataset"], parameters["part"])
-    folds = StratifiedKFold(10, shuffle=True, random_state=0).split(table, table["sentiment"])
-    train, test = (table.iloc[rows] for rows in list(folds)[parameters["seed"]])
-    started = time.perf_counter()
-    task = sentiment.Task("sentiment", train["text"].tolist(), train["sentiment"].to_numpy(), sentiment.CLASSES)
-    learnt = sentiment.learn([task], **training_of(parameters))
-    seconds = time.perf_counter() - started
-    probabilities = sentiment.predict(*learnt, test["text"].tolist(), parameters["precision"])["sentiment"]
-    return {
-        "metrics": evaluate.summary(test["sentiment"].to_numpy(), probabilities),
-        "speeds": {"training, s": seconds},
-    }
+    train, test = parted(table, 10, parameters["seed"], 0)
+    if parameters["split"] == "validation":
+        train, test = parted(train, 6, 0, 1)
+    columns = {"sentiment": "label"}
+    splits = DatasetDict(
+        {
+            name: Dataset.from_pandas(part[["text", "sentiment"]].rename(columns=columns), preserve_index=False)
+            for name, part in (("train", train), ("test", test))
+        }
+    )
+    return fitted(splits, sentiment.CLASSES, {**parameters, "split": "test"})
 
 
 def heads(parameters: Mapping[str, object]) -> dict:

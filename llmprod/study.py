@@ -38,14 +38,14 @@ def defaults() -> dict[str, object]:
 
     Beside them: `experiment` (a name in `experiments.EXPERIMENTS`), `split` (where it is scored), `change` (a name for
     a setting, to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit
-    library, for each text), `acquisition` (of active learning), four of `13_recommendation`, and five of sentiment
+    library, for each text), `acquisition` (of active learning), four of `13_recommendation`, and six of sentiment
     (`part` of a data set, by what it is halved, `layers` kept, texts `borrowed` of other domains, whether those are
-    scored too).
+    scored too, whether the weights become `int8` before anything is scored).
     """
     more = {"experiment": "finetune", "split": "test", "change": "", "robust_texts": 0, "pairs": 20}
     more["acquisition"] = "random"
     more |= {"protocol": "", "candidates": 0, "folds": 0, "tower_steps": 0}
-    more |= {"part": "", "by": "", "layers": 0, "borrowed": 0, "transfer": False}
+    more |= {"part": "", "by": "", "layers": 0, "borrowed": 0, "transfer": False, "int8": False}
     return {"dataset": runner.declared("01_data")["dataset"]} | runner.declared("02_finetune") | more
 
 
