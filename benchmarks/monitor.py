@@ -1,13 +1,14 @@
 """Documents a second through the whole monitor, from a growing file or a feed to the alert, by size of the encoder.
 
-    python -m benchmarks.monitor [--documents 2000] [--layers 6 3 2]
+    python -m benchmarks.monitor [--documents 2000] [--layers 6 3 2] [--precision auto int8]
 
-Speed does not depend on what the weights are, so that the encoders here are not trained; what fewer layers cost in
-accuracy is in the study `heads`. One encoder has both heads, topic and sentiment. The ratio is to the encoder alone,
-called on all texts at once.
+Speed does not depend on what the weights are, so that the encoders here are not trained; what fewer layers and int8
+weights cost in accuracy is in the study `sentiment`. One encoder has both heads, topic and sentiment. The ratio is to
+the encoder alone, called on all texts at once.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import threading
@@ -66,6 +67,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--documents", type=int, default=2000)
     options.add_argument("--layers", type=int, nargs="+", default=[6, 3, 2])
+    options.add_argument("--precision", nargs="+", default=["auto", "int8"])
     options = options.parse_args()
     track.set_threads()
     track.quiet()
@@ -80,13 +82,13 @@ def main() -> None:
         items = "".join(
             f"<item><guid>{i}</guid><title/><description>{escape(t)}</description></item>" for i, t in enumerate(texts)
         )
-        for layers in options.layers:
+        for layers, precision in itertools.product(options.layers, options.precision):
             with tempfile.TemporaryDirectory() as folder:
                 folder = Path(folder)
-                scorer = monitor.Scorer(saved(folder / "models", layers, max_length))
-                models.predict(*scorer.feelings, texts[:64])
+                scorer = monitor.Scorer(saved(folder / "models", layers, max_length), precision)
+                models.predict(*scorer.feelings, texts[:64], precision=scorer.precision)
                 started = time.perf_counter()
-                models.predict(*scorer.feelings, texts)
+                models.predict(*scorer.feelings, texts, precision=scorer.precision)
                 alone = len(texts) / (time.perf_counter() - started)
                 (folder / "in.jsonl").write_text(lines, encoding="utf-8")
                 server = HTTPServer(("127.0.0.1", 0), OneFeed)
@@ -99,11 +101,11 @@ def main() -> None:
                 for name, source in sources.items():
                     (folder / name).mkdir()
                     speed = through(scorer, source, folder / name, len(texts))
-                    rows.append([kind, layers, name, f"{alone:.0f}", f"{speed:.0f}", f"{speed / alone:.2f}"])
+                    rows.append([kind, layers, precision, name, f"{alone:.0f}", f"{speed:.0f}", f"{speed / alone:.2f}"])
                 server.shutdown()
-    heads = ["texts", "layers", "source", "encoder alone, documents/s", "whole monitor, documents/s", "ratio"]
+    speeds = ["encoder alone, documents/s", "whole monitor, documents/s", "ratio"]
     print(track.machine())
-    print(report.markdown(pd.DataFrame(rows, columns=heads)))
+    print(report.markdown(pd.DataFrame(rows, columns=["texts", "layers", "precision", "source", *speeds])))
 
 
 if __name__ == "__main__":

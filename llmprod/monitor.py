@@ -16,7 +16,7 @@ import pandas as pd
 import requests
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, entities, models, paths, report, sentiment, surge
+from llmprod import LLMProdError, entities, models, optimize, paths, report, sentiment, surge
 from llmprod.journal import Journal, new_documents, ready
 from llmprod.stream import DAY, Document
 
@@ -72,7 +72,11 @@ class Scorer:
     """From documents to scores: topic, rating, sentiment, probability of being negative, companies and currencies."""
 
     def __init__(self, folder: Path, precision: str = "auto"):
-        """Reads what `save_models` wrote. Raises MonitorError where it is not there."""
+        """Reads what `save_models` wrote. Raises MonitorError where it is not there.
+
+        Args:
+            precision: as in `models.device_and_precision`, or "int8": see `optimize.int8`, faster on a processor
+        """
         if not (folder / "monitor.json").is_file():
             raise MonitorError(
                 f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=12_financial_sentiment`, or "
@@ -80,9 +84,11 @@ class Scorer:
             )
         settings = report.read_json(folder / "monitor.json")
         self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
-        self.settings, self.reference, self.precision = settings["detector"], settings["reference"], precision
-        self.feelings = models.load_checkpoint(folder / "sentiment")
-        self.topics = models.load_checkpoint(folder / "topics") if (folder / "topics").is_dir() else None
+        self.settings, self.reference = settings["detector"], settings["reference"]
+        self.precision = "fp32" if precision == "int8" else precision  # of what is not int8
+        load = optimize.int8 if precision == "int8" else models.load_checkpoint
+        self.feelings = load(folder / "sentiment")
+        self.topics = load(folder / "topics") if (folder / "topics").is_dir() else None
 
     def detector(self, key: str) -> surge.Cusum:
         """A detector for a topic or company that was not seen before."""

@@ -115,6 +115,7 @@ def int8(folder: Path) -> tuple[Int8Classifier, PreTrainedTokenizerBase]:
     classifier, tokenizer = models.load_checkpoint(folder)
     file = folder / "int8.onnx"
     if not file.exists():
+        print(f"Writing {file.name} beside the checkpoint, once.")
         save_int8(classifier, file)
     return Int8Classifier(file, classifier.config), tokenizer
 

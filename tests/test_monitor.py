@@ -275,6 +275,9 @@ def test_the_scorer_reads_what_was_saved(trained):
     assert bad["about"]["company: acme"] > good["about"]["company: acme"] + 0.2
     assert ship["topic"] == "ship" and ship["about"] == {}
     assert mixed["about"]["company: beta"] > mixed["about"]["company: acme"] + 0.1
+    small = monitor.Scorer(trained, "int8")(documents)
+    assert [score["topic"] for score in small] == [score["topic"] for score in (bad, good, ship, mixed)]
+    assert small[0]["negative"] > small[1]["negative"] + 0.2
     assert monitor.Scorer(trained)([]) == []
     with pytest.raises(monitor.MonitorError, match="12_financial_sentiment"):
         monitor.Scorer(trained / "nowhere")

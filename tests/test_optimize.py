@@ -1,13 +1,14 @@
-"""The search: resumes after a kill, prunes, and finds the top of a known function."""
+"""The search resumes after a kill, prunes, finds the top of a known function; int8 weights say what the others say."""
 
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import optuna
 import pytest
 
-from llmprod import optimize
+from llmprod import models, optimize, sentiment
 
 
 def bowl(trial: optuna.Trial) -> float:
@@ -84,3 +85,39 @@ def test_a_pruned_trial_counts_as_done(tmp_path):
 
     study = optimize.search(objective, tmp_path / "s.db", 6, seed=0)
     assert len(study.trials) == 6 and study.best_value == pytest.approx(1.0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of the real encoder with a new head, in a folder."""
+    made = models.load_classifier("minilm", ["a", "b", "c"], dropout=0.0)
+    made[1].model_max_length = 64
+    models.save_checkpoint(*made, tmp_path / "checkpoint", "a test")
+    return tmp_path / "checkpoint"
+
+
+def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
+    texts = sentiment.load()["text"].tolist()[:200]  # of unequal length, so that batches are padded
+    whole = models.infer(*models.load_checkpoint(checkpoint), texts, precision="fp32")
+    small = models.infer(*optimize.int8(checkpoint), texts, precision="fp32")
+    for exact, rounded in zip(whole, small, strict=True):
+        assert exact.shape == rounded.shape
+        assert np.corrcoef(exact.ravel(), rounded.ravel())[0, 1] > 0.97
+        assert not np.array_equal(exact, rounded)
+    file = checkpoint / "int8.onnx"
+    assert file.stat().st_size < 0.3 * (checkpoint / "model.safetensors").stat().st_size
+    written = file.stat().st_mtime_ns
+    again = models.infer(*optimize.int8(checkpoint), texts, precision="fp32")
+    assert file.stat().st_mtime_ns == written and np.array_equal(again[0], small[0])
+    assert capsys.readouterr().out.count("once") == 1
+
+
+def test_int8_weights_that_could_not_be_written_leave_nothing(checkpoint, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(checkpoint.iterdir())
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", full)
+    with pytest.raises(OSError, match="space"):
+        optimize.int8(checkpoint)
+    assert sorted(checkpoint.iterdir()) == before
