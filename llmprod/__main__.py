@@ -160,7 +160,10 @@ def monitor_stream(options: argparse.Namespace) -> int:
     with Journal(monitor.journal_file(options.journal)) as journal:
         watching = monitor.Monitor(scorer, journal, scorer.detector, channels, options.lateness)
         counts = monitor.run(watching, sources, options.once, options.pause)
+        late = journal.late()
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
+    if late:
+        print(f"{late} documents of this journal came too late to be watched; a larger --lateness waits for more.")
     return 0
 
 
