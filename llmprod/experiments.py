@@ -26,6 +26,7 @@ from llmprod import (
     robust,
     runner,
     sentiment,
+    sequence,
     study,
     track,
 )
@@ -198,6 +199,31 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
     }
 
 
+def next_item(parameters: Mapping[str, object]) -> dict:
+    """A transformer over histories, in their order, beside models that know no order, on the same split."""
+    track.set_threads()
+    track.quiet()
+    started = time.perf_counter()
+    catalogue = recommend.load(parameters["dataset"])
+    train, test = recommend.split(catalogue.interactions, parameters["protocol"], parameters["seed"])
+    taken, relevant = recommend.matrix(train, catalogue.shape), recommend.matrix(test, catalogue.shape)
+    popular = np.broadcast_to(np.asarray(taken.sum(axis=0)), catalogue.shape)
+    new = np.diff(taken.indptr)[:, None] == 0
+    scores = {
+        "popularity": popular,
+        "recent popularity": recommend.recent(train, catalogue.shape),
+        "EASE": np.where(new, popular, taken @ recommend.ease(taken)),
+        "self-attention": np.where(
+            new, popular, sequence.next_items(train, catalogue.shape, parameters["seed"], progress=False)
+        ),
+    }
+    found = {name: ranking.per_user(ranking.top(s, 10, taken), relevant) for name, s in scores.items()}
+    metrics = {f"{name}, {m}": float(v) for name, table in found.items() for m, v in table.mean().items()}
+    gain, low, high = ranking.paired(found["self-attention"]["nDCG"], found["EASE"]["nDCG"])
+    metrics |= {"gain over EASE": gain, "gain over EASE, low": low, "gain over EASE, high": high}
+    return {"metrics": metrics, "speeds": {"s": time.perf_counter() - started}}
+
+
 def training_of(parameters: Mapping[str, object]) -> dict[str, object]:
     """The arguments of `sentiment.learn` among a run's parameters."""
     names = ("model", "layers", "epochs", "max_length", "batch_tokens", "learning_rate", "precision", "seed")
@@ -363,6 +389,7 @@ EXPERIMENTS: dict[str, Callable[[Mapping], dict]] = {
     "setfit": setfit_library,
     "class names": class_names,
     "recommendation": recommendation,
+    "next item": next_item,
     "rating": rating,
     "ten-fold": ten_fold,
     "heads": heads,
