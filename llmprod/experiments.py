@@ -188,12 +188,17 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
             scores[name] = recommend.spread(ranker.scores(known, candidates), candidates, catalogue.shape)
     found = {name: ranking.per_user(ranking.top(s, 10, taken), relevant) for name, s in scores.items()}
     metrics = {f"{name}, {m}": float(v) for name, table in found.items() for m, v in table.mean().items()}
-    best, others = "hybrid", ["EASE", "recent popularity", *list(recommend.ABLATION)[1:]]
+    others = ("EASE", "recent popularity", *list(recommend.ABLATION)[1:])
+    gains = {f"gain over {other}": ("hybrid", other) for other in others}
     if protocol == "cold":
-        best, others = "text tower + graph, ridge", ["titles", "text tower", "text tower, ridge"]
-    for name in others:
-        gain, low, high = ranking.paired(found[best]["nDCG"], found[name]["nDCG"])
-        metrics |= {f"gain over {name}": gain, f"gain over {name}, low": low, f"gain over {name}, high": high}
+        gains = {
+            f"the graph's gain over {name}{kind}": (f"{name} + graph{kind}", f"{name}{kind}")
+            for name in ("titles", "text, zero-shot", "text tower")
+            for kind in ("", ", ridge")
+        }
+    for name, (one, other) in gains.items():
+        gain, low, high = ranking.paired(found[one]["nDCG"], found[other]["nDCG"])
+        metrics |= {name: gain, f"{name}, low": low, f"{name}, high": high}
     return {
         "metrics": metrics,
         "speeds": {"s": time.perf_counter() - started, "peak memory, MB": track.peak_memory_mb()},
