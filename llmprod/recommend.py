@@ -617,37 +617,34 @@ def spread(ranked: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -
 # Reasons
 
 
-def reasons(train: pd.DataFrame, catalogue: Catalogue, user: int, items: Sequence[int]) -> pd.DataFrame:
-    """Why an item: a fact that it shares with something that the user liked (item, relation, entity, past, rating).
+def reasons(train: pd.DataFrame, catalogue: Catalogue, listed: pd.DataFrame) -> pd.DataFrame:
+    """Why a user is shown an item: a fact that it shares with something that this user liked.
 
-    One row for each of `items` that has a reason: by the relation that tells most, then by the item rated highest,
-    then by the rarest fact. What more than a twentieth of the items share, as a language, is no reason.
+    (user, item, relation, entity, past, rating) for each row of `listed` (user, item) that has a reason: the relation
+    that tells most, then what was rated highest, then the rarest fact. What more than a twentieth of the items share,
+    as a language, is no reason.
     """
-    facts, mine = catalogue.facts, train[train["user"] == user]
-    mine = mine.loc[mine["rating"].isna() | (mine["rating"] >= 4), ["item", "rating"]].rename(columns={"item": "past"})
+    facts = catalogue.facts.astype({"item": int})
     count = facts.groupby(["relation", "entity"])["item"].transform("size")
     order = facts["relation"].map({relation: i for i, relation in enumerate(facts["relation"].unique())})
     facts = facts.assign(count=count, order=order)[count <= len(catalogue.items) / 20]
-    of_past = facts[FACTS].merge(mine, left_on="item", right_on="past").drop(columns="item")
-    shared = facts[facts["item"].isin(items)].merge(of_past, on=["relation", "entity"])
-    shared = shared[shared["item"] != shared["past"]].sort_values(
-        ["order", "rating", "count", "past"], ascending=[True, False, True, True]
-    )
-    shared = shared.drop_duplicates("item").set_index("item").reindex(items).dropna(subset="past")
-    return shared.reset_index(names="item")[[*FACTS, "past", "rating"]].astype({"past": int})
+    liked = train[train["user"].isin(listed["user"]) & (train["rating"].isna() | (train["rating"] >= 4))]
+    past = liked[["user", "item", "rating"]].merge(facts[FACTS], on="item").rename(columns={"item": "past"})
+    shared = listed.merge(facts, on="item").merge(past, on=["user", "relation", "entity"])
+    shared = shared[shared["item"] != shared["past"]].assign(worst=-shared["rating"])
+    shared = shared.sort_values(["order", "worst", "count", "past"], kind="stable").drop_duplicates(["user", "item"])
+    return listed.merge(shared, on=["user", "item"])[["user", *FACTS, "past", "rating"]]
 
 
-def hold(claims: pd.DataFrame, train: pd.DataFrame, catalogue: Catalogue, user: int) -> np.ndarray:
-    """Whether each reason is true: the graph says the fact of both items, and the user gave that rating."""
-    said = set(catalogue.facts.itertuples(index=False, name=None))
-    gave = dict(zip(*(train.loc[train["user"] == user, column] for column in ("item", "rating")), strict=True))
+def hold(claims: pd.DataFrame, train: pd.DataFrame, catalogue: Catalogue) -> np.ndarray:
+    """Whether each reason is true: the graph says the fact of both items, and the user gave the other that rating."""
+    said = set(catalogue.facts[FACTS].itertuples(index=False, name=None))
+    gave = set(train[["user", "item", "rating"]].fillna(0).itertuples(index=False, name=None))
     return np.array(
         [
-            (claim.item, claim.relation, claim.entity) in said
-            and (claim.past, claim.relation, claim.entity) in said
-            and claim.past in gave
-            and (gave[claim.past] == claim.rating or (pd.isna(gave[claim.past]) and pd.isna(claim.rating)))
-            for claim in claims.itertuples()
+            {(c.item, c.relation, c.entity), (c.past, c.relation, c.entity)} <= said
+            and (c.user, c.past, c.rating) in gave
+            for c in claims.fillna({"rating": 0}).itertuples()
         ],
         dtype=bool,
     )
