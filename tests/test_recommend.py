@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmprod import data, models, ranking, recommend
+from llmprod import artifacts, data, models, ranking, recommend
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,27 @@ def test_subset_keeps_who_took_what(catalogue, small):
     assert pairs(small) == {(user, title) for user, title in pairs(catalogue) if user in some}
     assert recommend.subset(catalogue, 0, seed=0) is catalogue
 
+    def said(c):
+        return set(
+            zip(c.items["title"].to_numpy()[c.facts["item"]], c.facts["relation"], c.facts["entity"], strict=True)
+        )
+
+    kept = set(small.items["title"])
+    assert said(small) == {fact for fact in said(catalogue) if fact[0] in kept}
+
 
 def test_own_tables(tmp_path):
     (tmp_path / "taken.csv").write_text("user,item\nann,tea\nann,cup\nbob,tea\nann,tea\n")
     (tmp_path / "items.csv").write_text("item,text\ntea,Green tea\ncup,A cup\n")
+    (tmp_path / "facts.csv").write_text("item,relation,entity\ncup,maker,Xu\ncup,maker,Xu\ntea,grower,Xu\n")
+    mine = recommend.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
+    assert mine.facts.to_numpy().tolist() == [[1, "maker", "Xu"], [0, "grower", "Xu"]]
+    assert not recommend.fact_vectors(mine).any(), "a maker is no grower, so that the two share nothing"
     mine = recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
     assert mine.shape == (2, 2) and len(mine.interactions) == 3, "a repeat counts once"
+    assert mine.facts.empty and not recommend.fact_vectors(mine).any()
+    listed = pd.DataFrame({"user": [1], "item": [1]})
+    assert recommend.reasons(mine.interactions, mine, listed).empty
     assert mine.items["title"].tolist() == ["Green tea", "A cup"]
     with pytest.raises(recommend.RecommendError, match="needs a time"):
         recommend.split(mine.interactions, "time")
@@ -72,6 +87,15 @@ def test_bad_tables_get_one_clear_error(tmp_path, taken, items, message):
         recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
 
 
+def test_facts_of_unknown_items(tmp_path):
+    (tmp_path / "taken.csv").write_text("user,item\na,b\n")
+    (tmp_path / "items.csv").write_text("item,text\nb,B\n")
+    for facts, message in (("item,entity\nb,x\n", "no column relation"), ("item,relation,entity\nc,d,e\n", "'c'")):
+        (tmp_path / "facts.csv").write_text(facts)
+        with pytest.raises(recommend.RecommendError, match=f"facts.csv: .*{message}"):
+            recommend.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
+
+
 def test_other_bad_input(tmp_path):
     with pytest.raises(recommend.RecommendError, match="holds no interactions"):
         recommend.load("reuters-r8")
@@ -81,6 +105,122 @@ def test_other_bad_input(tmp_path):
         recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
     with pytest.raises(recommend.RecommendError, match="protocol is 'random'"):
         recommend.split(table("0 0 1"), "random")
+
+
+# Facts
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [
+        ("Shanghai Triad (Yao a yao yao dao waipo qiao)", {"shanghaitriad", "yaoayaoyaodaowaipoqiao"}),
+        ("Postino, Il", {"ilpostino"}),
+        ("Double vie de Véronique, La (Double Life of Veronique, The)",
+         {"ladoubleviedeveronique", "thedoublelifeofveronique"}),
+        ("Bloodsport 2 (a.k.a. Bloodsport II: The Next Kumite)", {"bloodsport2", "bloodsportiithenextkumite"}),
+        ("Truth About Cats & Dogs, The", {"thetruthaboutcatsanddogs"}),
+        ("I, Robot", {"irobot"}),
+        ("(...)", set()),
+    ],
+)  # fmt: skip
+def test_names_of_a_film(title, names):
+    assert recommend.names(title) == names
+
+
+def test_same_films_by_hand():
+    items = pd.DataFrame(
+        {
+            "title": ["Postino, Il", "Sabrina", "Sabrina", "Hamlet", "unkonwn", "Nikita (La Femme Nikita)"],
+            "year": [1994, 1995, 1954, 1990, np.nan, 1990],
+        }
+    )
+    movies = pd.DataFrame(
+        {
+            "movieId": [58, 915, 7, 1411, 1, 1249],
+            "title": ["Postman, The (Postino, Il) (1994)", "Sabrina (1954)", "Sabrina (1995)", "Hamlet (1996)",
+                      "No year here", "Femme Nikita, La (Nikita) (1991)"],
+        }
+    )  # fmt: skip
+    found = recommend.same_films(items, movies)
+    assert found.fillna(0).tolist() == [58, 7, 915, 0, 0, 1249], "another Hamlet is another film"
+
+
+def test_graph_is_joined_to_the_right_films(catalogue):
+    """Facts that everybody knows, which the join has not seen; by the link file's own numbers they are not there."""
+
+    def share(of, relation, *titles):
+        facts = of.facts[of.facts["relation"] == relation]
+        rows = [of.items.index[of.items["title"] == title][0] for title in titles]
+        return bool(set.intersection(*(set(facts.loc[facts["item"] == row, "entity"]) for row in rows)))
+
+    known = [
+        ("series", "Alien", "Aliens", "Alien 3"),
+        ("series", "Jaws", "Jaws 2", "Jaws 3-D"),
+        ("director", "Fargo", "Hudsucker Proxy, The"),
+        ("director", "Psycho", "Vertigo", "Birds, The"),
+        ("director", "Jurassic Park", "Schindler's List"),
+        ("actor", "Fugitive, The", "Air Force One"),
+    ]
+    assert all(share(catalogue, *case) for case in known)
+    assert not share(catalogue, "director", "Fargo", "Psycho") and not share(catalogue, "series", "Alien", "Jaws")
+    assert catalogue.facts["item"].nunique() == 1318 and set(catalogue.facts["relation"]) == {
+        "series", *recommend.RELATIONS.values()
+    }  # fmt: skip
+    believed = recommend.movielens(artifacts.fetch("movielens-100k"))
+    assert sum(share(believed, *case) for case in known) < 2
+
+
+def by_hand() -> recommend.Catalogue:
+    """Four items: 0 and 1 share a director, 1 and 2 an actor, nothing is known of 3; all share a language."""
+    facts = [(0, "director", "d"), (1, "director", "d"), (1, "actor", "a"), (2, "actor", "a"), (2, "actor", "b"),
+             *((item, "language", "l") for item in range(3))]  # fmt: skip
+    items, users = pd.DataFrame({"item": range(4), "title": list("wxyz")}), pd.DataFrame({"user": [0]})
+    taken = pd.DataFrame({"user": 0, "item": [0, 2], "rating": [5, 3], "time": [1, 2]})
+    return recommend.number(taken, items, users, pd.DataFrame(facts, columns=recommend.FACTS))
+
+
+def test_fact_vectors_by_hand():
+    vectors = recommend.fact_vectors(by_hand())
+    rare, common = np.log(4 / 2), np.log(4 / 3)  # director and actor are of two items, the language of three
+    rows = np.array([[rare, 0, common], [rare, rare, common], [0, rare, common]])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows -= rows.mean(axis=0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors[:3] @ vectors[:3].T, rows @ rows.T, atol=1e-5)
+    assert vectors.shape == (4, 3) and not vectors[3].any(), "an actor whom no other item has is left out"
+    assert vectors[0] @ vectors[2] < vectors[0] @ vectors[1] and vectors[0] @ vectors[2] < 0
+    scores = recommend.by_content(recommend.matrix(by_hand().interactions, (1, 4)), vectors)
+    np.testing.assert_allclose(scores[0, 1], (vectors[0] + vectors[2]) / np.linalg.norm(vectors[0] + vectors[2])
+                               @ vectors[1], atol=1e-5)  # fmt: skip
+    text = np.eye(4, 5)
+    both = recommend.combined(text, vectors, weight=3)
+    np.testing.assert_allclose(both @ both.T, text @ text.T + 3 * vectors @ vectors.T, atol=1e-5)
+
+
+def test_ridge_is_the_minimum_that_it_claims():
+    """By the primal: w minimises ‖V w - (x - x̄)‖² + λ‖w‖² for each user, over the items that were taken."""
+    random = np.random.default_rng(0)
+    vectors, took = random.normal(size=(6, 3)), random.integers(0, 2, (4, 6))
+    took[:, 5] = 0  # an item that nobody took
+    pairs = pd.DataFrame(np.argwhere(took), columns=["user", "item"])
+    scores = recommend.by_ridge(recommend.matrix(pairs, took.shape), vectors, strength=2.0)
+    known, mean = vectors[:5], took[:, :5].mean(axis=1, keepdims=True)
+    weights = np.linalg.solve(known.T @ known + 2 * np.eye(3), known.T @ (took[:, :5] - mean).T)
+    np.testing.assert_allclose(scores, (vectors @ weights).T + mean, atol=1e-6)
+
+
+def test_reasons_are_true_and_a_false_one_is_found():
+    mine = by_hand()
+    mine.items = pd.concat([mine.items] * 20, ignore_index=True)  # so that two of them share rare facts
+    listed = pd.DataFrame({"user": 0, "item": [3, 1]})
+    claims = recommend.reasons(mine.interactions, mine, listed)
+    assert claims.to_numpy().tolist() == [[0, 1, "director", "d", 0, 5]], "item 2 was not liked, of 3 nothing is known"
+    assert recommend.hold(claims, mine.interactions, mine).all()
+    for false in ({"relation": "actor"}, {"item": 3}, {"past": 2}, {"entity": "a"}, {"rating": 4}, {"user": 1}):
+        assert not recommend.hold(claims.assign(**false), mine.interactions, mine).any(), false
+    unrated = mine.interactions.assign(rating=np.nan)
+    claims = recommend.reasons(unrated, mine, listed)
+    assert claims["past"].tolist() == [0] and recommend.hold(claims, unrated, mine).all()
 
 
 # Protocols
@@ -167,8 +307,9 @@ def test_learned_ranking_beats_chance_and_repeats(small):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def rank():
-        taught = recommend.examples(train, small, vectors, "within items", 2, 40, seed=0)
-        scores = recommend.first_stage(train, small, vectors, seed=0)
+        contents = {"text": vectors, "graph": recommend.fact_vectors(small)}
+        taught = recommend.examples(train, small, contents, "within items", 2, 40, seed=0)
+        scores = recommend.first_stage(train, small, contents, seed=0)
         known, chosen = recommend.features(train, small, scores), recommend.retrieve(scores, taken, 40)
         ranker = recommend.teach(taught, list(known), seed=0)
         return recommend.spread(ranker.scores(known, chosen), chosen, small.shape), ranker
@@ -181,6 +322,8 @@ def test_learned_ranking_beats_chance_and_repeats(small):
     learnt, random = (ranking.per_user(found, relevant)["nDCG"].mean() for found in (lists, chance))
     assert learnt > 3 * random
     assert ranker.importance().sum() == pytest.approx(1)
+    assert {"text", "text neighbours", "graph", "graph neighbours"} <= set(ranker.names)
+    assert not [n for n in recommend.without(ranker.names, ("graph",)) if "graph" in n]
 
 
 def test_features_do_not_depend_on_the_size_of_scores():
@@ -205,3 +348,31 @@ def test_tower_learns_from_who_took_what(small):
         for name, values in scores.items()
     }
     assert nDCG["after"] > nDCG["before"] > nDCG["random"]
+
+
+def test_facts_help_items_that_nobody_took(catalogue):
+    """Facts beside titles rank cold items better than titles alone, and facts of other films don't."""
+    train, test = recommend.split(catalogue.interactions, "cold", seed=0)
+    relevant, cold = recommend.matrix(test, catalogue.shape), np.setdiff1d(test["item"], train["item"])
+    titles = recommend.centred(models.embed("minilm", catalogue.items["title"].tolist(), 16))
+    facts = recommend.fact_vectors(catalogue)
+    known, shuffled = np.flatnonzero(facts.any(axis=1)), facts.copy()
+    shuffled[known] = facts[np.random.default_rng(0).permutation(known)]
+    contents = {"titles": titles, "facts": recommend.combined(titles, facts)}
+    contents["shuffled"] = recommend.combined(titles, shuffled)
+    scores = recommend.cold_start(train, catalogue, contents, seed=0)
+    nDCG = {
+        name: ranking.per_user(cold[ranking.top(values[:, cold], 10)], relevant)["nDCG"].mean()
+        for name, values in scores.items()
+    }
+    for kind in ("", ", ridge"):
+        assert nDCG[f"facts{kind}"] > nDCG[f"titles{kind}"] + 0.03
+        assert nDCG[f"shuffled{kind}"] < nDCG[f"titles{kind}"] + 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_tower_takes_any_number_of_steps(small, steps):
+    taken = recommend.matrix(small.interactions, small.shape)
+    texts = small.items["text"].tolist()
+    losses = recommend.learn_tower(texts, taken, steps=steps, items=16, max_length=8, progress=False)[2]
+    assert len(losses) == steps and np.isfinite(losses).all()
