@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import platformdirs
+import truststore
 import yaml
 from filelock import FileLock
 from tqdm.auto import tqdm
@@ -187,8 +188,12 @@ def pip_download(source: dict, target: Path) -> Path:
 
 def download(get: Callable[[dict, str, Path], object], source: dict, wanted: list[str], target: Path) -> None:
     """Downloads the wanted files, or the archive that holds them; its sha256 is checked before it is opened."""
-    for file in [source["archive"]] if "archive" in source else wanted:
-        get(source, file, target)
+    truststore.inject_into_ssl()  # trust whom the system trusts, as pip does: behind a company's proxy it matters
+    try:
+        for file in [source["archive"]] if "archive" in source else wanted:
+            get(source, file, target)
+    finally:
+        truststore.extract_from_ssl()
     if "archive" in source:
         archive = target / source["archive"]
         if "sha256" in source and not is_intact(archive, source):

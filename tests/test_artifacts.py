@@ -4,9 +4,12 @@ import hashlib
 import http.server
 import io
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +253,35 @@ def test_truncated_archive_then_recovery(packed):
     assert not artifacts.is_present("thing")
     packed.write_bytes(whole)
     assert_whole(artifacts.fetch("thing"))
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_downloads_trust_whom_the_system_trusts(server, tmp_path):
+    """A company's proxy shows a certificate of its own, which the system knows and certifi does not."""
+    pem = tmp_path / "own.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(pem), "-out", str(tmp_path / "own.crt")]
+    subprocess.run(command, check=True, capture_output=True)
+    pem.write_text(pem.read_text() + (tmp_path / "own.crt").read_text())
+    with http.server.HTTPServer(("127.0.0.1", 0), server.RequestHandlerClass) as secure:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        secure.socket, secure.asked, secure.cut = context.wrap_socket(secure.socket, server_side=True), [], False
+        threading.Thread(target=secure.serve_forever, daemon=True).start()
+        code = f"""
+        from pathlib import Path
+        from llmprod import artifacts
+        source = {{"url": "https://localhost:{secure.server_port}"}}
+        artifacts.download(artifacts.from_url, source, ["a.txt"], Path({str(tmp_path)!r}))
+        """
+        clean = {name: value for name, value in os.environ.items() if not name.endswith(("_CA_BUNDLE", "CERT_FILE"))}
+        run = [sys.executable, "-c", textwrap.dedent(code)]
+        alone = subprocess.run(run, env=clean, capture_output=True, text=True)
+        assert "ArtifactError" in alone.stderr, "nobody trusts it"
+        trusted = subprocess.run(run, env=clean | {"SSL_CERT_FILE": str(tmp_path / "own.crt")}, capture_output=True)
+        secure.shutdown()
+    assert trusted.returncode == 0, trusted.stderr
+    assert (tmp_path / "a.txt").read_bytes() == CONTENT["a.txt"]
 
 
 def test_line_ends_do_not_matter_where_the_entry_says_so(monkeypatch, empty_cache, tmp_path):
