@@ -57,7 +57,7 @@ verify: $(READY)  ## print the verdict on what was run
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile $(PROFILE)
 
-bench: $(READY)  ## time BENCH (training, monitor or recommendation) against its peers, and print ratios
+bench: $(READY)  ## run BENCH (training, monitor, recommendation or peers) beside its peers
 	$(BIN)/python -m benchmarks.$(BENCH)
 
 reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours); goes on where it stopped
