@@ -86,9 +86,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 folder = Path(folder)
                 scorer = monitor.Scorer(saved(folder / "models", layers, max_length), precision)
-                models.predict(*scorer.feelings, texts[:64], precision=scorer.precision)
+                models.predict(*scorer.feelings, texts[:64], **scorer.how)
                 started = time.perf_counter()
-                models.predict(*scorer.feelings, texts, precision=scorer.precision)
+                models.predict(*scorer.feelings, texts, **scorer.how)
                 alone = len(texts) / (time.perf_counter() - started)
                 (folder / "in.jsonl").write_text(lines, encoding="utf-8")
                 server = HTTPServer(("127.0.0.1", 0), OneFeed)

@@ -85,7 +85,9 @@ class Scorer:
         settings = report.read_json(folder / "monitor.json")
         self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
         self.settings, self.reference = settings["detector"], settings["reference"]
-        self.precision = "fp32" if precision == "int8" else precision  # of what is not int8
+        self.how = {"precision": precision}
+        if precision == "int8":  # which needs smaller batches to stay in the processor's cache
+            self.how = {"precision": "fp32", "batch_size": 32}
         load = optimize.int8 if precision == "int8" else models.load_checkpoint
         self.feelings = load(folder / "sentiment")
         self.topics = load(folder / "topics") if (folder / "topics").is_dir() else None
@@ -99,9 +101,9 @@ class Scorer:
         if not documents:
             return []
         texts = [f"{document.title} {document.text}".strip() for document in documents]
-        said = sentiment.predict(*self.feelings, texts, self.precision)
+        said = sentiment.predict(*self.feelings, texts, **self.how)
         if self.topics:
-            logits = models.predict(*self.topics, texts, precision=self.precision)
+            logits = models.predict(*self.topics, texts, **self.how)
             names = list(self.topics[0].config.id2label.values())
         else:
             logits, names = said["topic"], sentiment.class_names(self.feelings[0], "topic")
@@ -134,7 +136,7 @@ class Scorer:
             passages += [(number, f"{kind}: {name}", " ".join(said)) for (kind, name), said in found.items()]
         answers = [{} for _ in texts]
         if passages:
-            ratings = sentiment.predict(*self.feelings, [said for *_, said in passages], self.precision)["sentiment"]
+            ratings = sentiment.predict(*self.feelings, [said for *_, said in passages], **self.how)["sentiment"]
             for (number, key, _), probability in zip(passages, self.negative(ratings), strict=True):
                 answers[number][key] = round(float(probability), 4)
         return answers

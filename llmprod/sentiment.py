@@ -342,10 +342,14 @@ def learn(
 
 
 def predict(
-    classifier: models.Classifier, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], precision: str = "auto"
+    classifier: models.Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    precision: str = "auto",
+    batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
     """What each head says: numbers (texts,), or probabilities (texts, classes), by the task's name."""
-    logits = models.predict(classifier, tokenizer, texts, precision=precision).astype(float)
+    logits = models.predict(classifier, tokenizer, texts, batch_size, precision).astype(float)
     names = pd.Series([classifier.config.id2label[k].partition(": ")[0] for k in range(logits.shape[1])])
     columns = {task: logits[:, names == task] for task in names.unique()}
     return {task: softmax(part, axis=1) if part.shape[1] > 1 else part[:, 0] for task, part in columns.items()}
