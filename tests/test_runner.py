@@ -191,7 +191,11 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
             path.unlink()
     command = [sys.executable, "-m", "llmprod", "run", "--profile", "smoke"]
     environment = os.environ | {"LLMPROD_HOME": str(tmp_path / "home")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    called_in = tmp_path / "called in"
+    called_in.mkdir()
+    process = subprocess.Popen(
+        command, env=environment, cwd=called_in, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     while not (folder / "02_finetune.ipynb").exists():
         assert process.poll() is None
         time.sleep(0.2)
@@ -199,6 +203,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "results/02_finetune.json").exists()
+    assert not list(called_in.iterdir()), "a killed kernel leaves its sockets in a temporary folder"
     again = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("nothing has changed") == 4, "01, 04, 12 and 13 were finished"
