@@ -35,7 +35,7 @@ def saved(folder: Path, layers: int, max_length: int) -> Path:
     classifier.config.num_hidden_layers = layers
     tokenizer.model_max_length = max_length
     negative = sentiment.Negative(-3.0, 0.0, 0.5)
-    monitor.save_models(folder, None, (classifier, tokenizer), negative, (-0.1, 0.1), {"threshold": 3.0}, {}, "speed")
+    monitor.save_models(folder, None, (classifier, tokenizer), negative, (-0.1, 0.1), {"threshold": 114.0}, {}, "speed")
     return folder
 
 

@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     watch.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster on a processor"
     )
+    watch.add_argument(
+        "--every", type=float, default=0, metavar="N", help="a false alarm in N documents of a topic or company"
+    )
     watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
     watch.add_argument("--lateness", type=float, default=3600.0, help="seconds that a document may come late")
     watch.add_argument("--pause", type=float, default=5.0, help="seconds to wait where nothing came")
@@ -156,7 +159,7 @@ def monitor_stream(options: argparse.Namespace) -> int:
     sources = [stream.open_source(word) for word in options.source]
     channels = [monitor.open_channel(word) for word in options.alert or ["console"]]
     folder = Path(options.models) if options.models else monitor.default_models()
-    scorer = monitor.Scorer(folder, options.precision)
+    scorer = monitor.Scorer(folder, options.precision, options.every)
     with Journal(monitor.journal_file(options.journal)) as journal:
         watching = monitor.Monitor(scorer, journal, scorer.detector, channels, options.lateness)
         counts = monitor.run(watching, sources, options.once, options.pause)

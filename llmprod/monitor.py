@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +44,8 @@ def save_models(
         topics: (classifier, tokenizer) that tells topics; None where the other one has a head for them
         feelings: (classifier, tokenizer) with a head "sentiment" that gives a rating
         negative, thresholds: from validation texts, see `sentiment.calibrate` and `sentiment.thresholds`
-        detector: `threshold` of `surge.Cusum`, others of its settings, and `shares`: topic -> first baseline
+        detector: `threshold` of `surge.Cusum` and `every`, the documents to a false alarm that it was measured to have;
+            others of its settings, and `shares`: topic -> first baseline
         reference: what drift is measured against: "length" (words), "rating" and "topic" of held-out texts
         card: the model card
     """
@@ -71,11 +72,12 @@ def journal_file(name: str = "") -> Path:
 class Scorer:
     """From documents to scores: topic, rating, sentiment, probability of being negative, companies and currencies."""
 
-    def __init__(self, folder: Path, precision: str = "auto"):
+    def __init__(self, folder: Path, precision: str = "auto", every: float = 0):
         """Reads what `save_models` wrote. Raises MonitorError where it is not there.
 
         Args:
             precision: as in `models.device_and_precision`, or "int8": see `optimize.int8`, faster on a processor
+            every: documents of a topic or company to a false alarm; 0 for as many as the threshold was measured with
         """
         if not (folder / "monitor.json").is_file():
             raise MonitorError(
@@ -85,6 +87,11 @@ class Scorer:
         settings = report.read_json(folder / "monitor.json")
         self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
         self.settings, self.reference = settings["detector"], settings["reference"]
+        measured = self.settings.pop("every", 0)
+        if every < 0 or (every and not measured):
+            raise MonitorError(f"every is {every:g}: it must be above 0, and the models of a run that measured one.")
+        if every:  # the threshold counts documents, and so goes with them
+            self.settings["threshold"] *= every / measured
         self.how = {"precision": precision}
         if precision == "int8":  # which needs smaller batches to stay in the processor's cache
             self.how = {"precision": "fp32", "batch_size": 32}
@@ -314,7 +321,9 @@ class Monitor:
         for key, probability in {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}.items():
             if key not in detectors:
                 state = self.journal.state(key, None)
-                detectors[key] = surge.Cusum.from_dict(state) if state else self.detector(key)
+                detectors[key] = self.detector(key)
+                if state:  # the threshold is what this run was told
+                    detectors[key] = replace(surge.Cusum.from_dict(state), threshold=detectors[key].threshold)
             alarm = detectors[key].update(document.time, probability, document.id)
             if alarm:
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]

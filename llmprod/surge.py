@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,10 +34,8 @@ class Settings:
     half_life: documents after which half of the past is forgotten
     gain: step of the baseline's estimate, 1 for sure labels; best is 1 / the share of a label's information that a
         probability holds, which is about a third for a classifier of AUC 0.87: with 1 it learns too slowly
-    freeze: from this height of the statistic on (nats) the baseline learns nothing, so that it can't learn a surge;
-        it must be under the threshold
+    freeze: from this height of the statistic on (nats) the baseline learns nothing, so that it can't learn a surge
     patience: unless the surge has lasted for so many documents: then it is the new baseline
-    ceiling: the statistic rises no higher (nats); live it is the threshold, so that an alarm ends soon after its surge
     blocks: parts of the day with a baseline of their own, which counts as `block_strength` documents at the whole
         day's share; 1 for none
     hard: use labels (probability of at least 0.5) with these `sensitivity` and `specificity` in place of probabilities
@@ -51,7 +49,6 @@ class Settings:
     gain: float = 3.0
     freeze: float = 1.0
     patience: int = 200
-    ceiling: float = math.inf
     blocks: int = 1
     block_strength: float = 100.0
     hard: bool = False
@@ -89,7 +86,44 @@ def likelihoods(probabilities: np.ndarray, settings: Settings) -> tuple[np.ndarr
     return np.where(label, hit, 1 - hit), np.where(label, 1 - right, right)
 
 
-def step(state: State, probabilities: np.ndarray, block: np.ndarray, settings: Settings) -> tuple[State, np.ndarray]:
+def information(share: np.ndarray, settings: Settings) -> np.ndarray:
+    """What a quiet document says against a surge on average, in nats.
+
+    For labels the Kullback-Leibler divergence of their distributions at the baseline share and in a surge; for
+    probabilities 1 / `gain` of the sure classes' (see `Settings`).
+    """
+    quiet, raised = np.asarray(share, dtype=float), np.minimum(settings.ratio * np.asarray(share), 0.95)
+    if settings.hard:
+        hit, miss = settings.sensitivity, 1 - settings.specificity
+        quiet, raised = (np.clip(q * hit + (1 - q) * miss, 1e-9, 1 - 1e-9) for q in (quiet, raised))
+    divergence = quiet * np.log(quiet / raised) + (1 - quiet) * np.log((1 - quiet) / (1 - raised))
+    return divergence / settings.gain
+
+
+def rarity(score: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
+    """How many quiet documents pass before the score reaches this height (nats) by chance, about.
+
+    (exp(score) - score - 1) / I, exact for Brownian motion with the drift -I of the score (Siegmund 1985, 2.6); a
+    document moves the score by leaps, so that more documents pass than that. Heights of topics with different shares
+    can be compared by it: at a low share a document says little, and the same height is much rarer.
+    """
+    return (np.expm1(score) - score) / information(share, settings)
+
+
+def height(documents: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
+    """The inverse of `rarity`, in nats; no lower than `freeze`, and than what a single document can add."""
+    x = np.asarray(documents * information(share, settings), dtype=float)
+    with np.errstate(invalid="ignore"):
+        score = np.log1p(x + np.sqrt(2 * x))
+        for _ in range(3):  # Newton
+            score = score - (np.expm1(score) - score - x) / np.maximum(np.expm1(score), 1e-12)
+    score = np.where(np.isfinite(x), score, np.inf)
+    return np.maximum(score, max(settings.freeze, math.log(settings.ratio)))
+
+
+def step(
+    state: State, probabilities: np.ndarray, block: np.ndarray, settings: Settings, ceiling: float = math.inf
+) -> tuple[State, np.ndarray]:
     """One document in each stream: the next state, and what the document added (its log likelihood ratio, nats).
 
     With a document's likelihoods a if it is negative and b if not, baseline share q0 and raised share q1 it adds
@@ -102,6 +136,7 @@ def step(state: State, probabilities: np.ndarray, block: np.ndarray, settings: S
         state: from `start` or from here
         probabilities: of being negative (streams,)
         block: which part of the day it is (streams,), from 0
+        ceiling: the score rises no higher than the `height` of this rarity
     """
     here, (a, b) = np.arange(len(probabilities)), likelihoods(probabilities, settings)
     negatives, counts, row = state["negatives"], state["counts"], 1 + block
@@ -114,7 +149,7 @@ def step(state: State, probabilities: np.ndarray, block: np.ndarray, settings: S
     q1 = np.minimum(settings.ratio * q0, 0.95)
     normal = q0 * a + (1 - q0) * b
     added = np.log((q1 * a + (1 - q1) * b) / normal)
-    score = np.clip(state["score"] + added, 0, settings.ceiling)
+    score = np.clip(state["score"] + added, 0, height(ceiling, q0, settings) if math.isfinite(ceiling) else math.inf)
     run = np.where(score > 0, state["run"] + 1, 0)
     evidence = np.where(score > 0, state["evidence"] + added, 0)  # as the score, but for the ceiling
 
@@ -133,24 +168,35 @@ def step(state: State, probabilities: np.ndarray, block: np.ndarray, settings: S
     return dict(zip(names, (score, run, evidence, recent, q0, negatives, counts), strict=True)), added
 
 
-def cusum(probabilities: np.ndarray, settings: Settings, times: np.ndarray | None = None) -> np.ndarray:
-    """The CUSUM's statistic in nats (streams, documents): there is an alarm where it reaches a threshold.
+class Evidence(NamedTuple):
+    """The path of a CUSUM: its score (nats) and the baseline share at each document (streams, documents)."""
+
+    score: np.ndarray
+    baseline: np.ndarray
+    settings: Settings
+
+
+def cusum(
+    probabilities: np.ndarray, settings: Settings, times: np.ndarray | None = None, ceiling: float = math.inf
+) -> Evidence:
+    """The CUSUM's path: there is an alarm where the score is as high as the `height` of a threshold.
 
     Args:
         probabilities: of being negative (streams, documents)
         settings: `share` may be an array (streams,)
         times: in seconds (streams, documents)
+        ceiling: see `step`; live it is the threshold, so that an alarm ends soon after its surge
 
     Raises SurgeError if the settings have blocks of the day and there are no times.
     """
     if times is None and settings.blocks > 1:
         raise SurgeError("A baseline for each part of the day needs the documents' times.")
     blocks = np.zeros(probabilities.shape, dtype=int) if times is None else part_of_day(times, settings.blocks)
-    state, scores = start(settings, len(probabilities)), []
+    state, path = start(settings, len(probabilities)), []
     for column, block in zip(np.ascontiguousarray(probabilities.T), blocks.T, strict=True):
-        state, _ = step(state, column, block, settings)
-        scores.append(state["score"])
-    return np.stack(scores, axis=1)
+        state, _ = step(state, column, block, settings, ceiling)
+        path.append((state["score"], state["baseline"]))
+    return Evidence(*np.stack(path, axis=-1), settings)
 
 
 def part_of_day(times: np.ndarray, blocks: int) -> np.ndarray:
@@ -194,7 +240,7 @@ class Alert(NamedTuple):
 class Cusum:
     """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `from_dict` takes it back.
 
-    threshold: height of the statistic (nats) that raises an alarm, and its ceiling; choose it with `operating_curve`
+    threshold: the `rarity` that raises an alarm, in documents, and the ceiling; choose it with `operating_curve`
     release, cooldown: see `switch`; the cool-down is in documents
     keep: how many causes are remembered
     """
@@ -212,7 +258,6 @@ class Cusum:
     state: dict[str, list] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.settings = replace(self.settings, ceiling=min(self.settings.ceiling, self.threshold))
         self.state = self.state or {name: value.tolist() for name, value in start(self.settings).items()}
 
     def update(self, time: float, probability: float, document: str | int | None = None) -> Alert | None:
@@ -229,7 +274,7 @@ class Cusum:
             raise SurgeError(f"{probability} is no probability: it must be between 0 and 1.")
         before = {name: np.array(value) for name, value in self.state.items()}
         block = part_of_day(np.array([time]), self.settings.blocks)
-        after, added = step(before, np.array([probability]), block, self.settings)
+        after, added = step(before, np.array([probability]), block, self.settings, self.threshold)
         self.state = {name: value.tolist() for name, value in after.items()}
         if after["run"][0] <= 1:
             self.since, self.causes = (float(time) if after["run"][0] else None), []
@@ -237,7 +282,8 @@ class Cusum:
             cause = [self.seen if document is None else document, float(added[0])]
             self.causes = heapq.nlargest(self.keep, [*self.causes, cause], key=lambda pair: pair[1])
         self.seen += 1
-        on, wait, raised = switch(self.on, self.wait, after["score"][0], self.threshold, self.release, self.cooldown)
+        limit = height(self.threshold, after["baseline"], self.settings)[0]
+        on, wait, raised = switch(self.on, self.wait, after["score"][0], limit, self.release, self.cooldown)
         self.on, self.wait = bool(on), int(wait)
         return self.describe(time) if raised else None
 
@@ -300,7 +346,7 @@ def simulate(
     negative: np.ndarray,
     weeks: int,
     per_week: int,
-    baseline: float,
+    baseline: float | np.ndarray,
     ratio: float,
     length: int,
     rng: np.random.Generator,
@@ -315,8 +361,8 @@ def simulate(
     Args:
         scores, negative: a model's probability of being negative, and the truth, of held-out documents (n,)
         weeks, per_week: streams, and documents in each after `history` quiet ones
-        baseline, ratio: share of negative documents, and what it is multiplied by in the surge; 1 for quiet streams.
-            A share is 0.95 at most
+        baseline, ratio: share of negative documents, of all streams or of each (weeks,), and what it is multiplied by
+            in the surge; 1 for quiet streams. A share is 0.95 at most
         length: documents of the surge, which lies in the week wholly, after at least one quiet document
         volume, daily: by equal parts of the day, how many documents there are and how high the share is, relatively
 
@@ -334,7 +380,7 @@ def simulate(
     factor = (daily / np.average(daily, weights=volume))[part_of_day(times, len(daily))]
     position = np.arange(shape[1]) - starts[:, None]
     raised = np.where((position >= 0) & (position < length), ratio, 1.0)
-    truth = rng.random(shape) < np.minimum(baseline * factor * raised, 0.95)
+    truth = rng.random(shape) < np.minimum(np.reshape(baseline, (-1, 1)) * factor * raised, 0.95)
     documents = np.where(truth, rng.choice(pools[1], shape), rng.choice(pools[0], shape))
     return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
 
@@ -362,36 +408,39 @@ class Outcomes(NamedTuple):
 
 
 def outcomes(
-    statistic_quiet: np.ndarray,
-    statistic_surge: np.ndarray,
+    statistic_quiet: np.ndarray | Evidence,
+    statistic_surge: np.ndarray | Evidence,
     starts: np.ndarray,
     length: int,
     thresholds: np.ndarray,
     skip: int = 0,
     release: float = 0.5,
     cooldown: int = 0,
-    capped: bool = False,
 ) -> Outcomes:
     """Plays `switch` through at every threshold, as the live detector does.
 
     An alarm before the surge is false; it must end before there can be one that counts as a detection.
 
     Args:
-        statistic_quiet, statistic_surge: a detector's (streams, documents)
+        statistic_quiet, statistic_surge: a detector's (streams, documents), or a CUSUM's path without a ceiling, for
+            which a threshold is a `rarity` and the ceiling of the score, as it is live
         starts, length: of the surges; only an alarm that is raised in the surge detects it
         skip: documents at the beginning in which detectors warm up, and false alarms are not counted
-        capped: the threshold is the ceiling of the statistic, as it is of a live CUSUM
     """
 
-    def play(statistic: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shape, begin = (len(statistic), len(thresholds)), starts[:, None]
+    def play(statistic: np.ndarray | Evidence, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        path = statistic if isinstance(statistic, Evidence) else None
+        values, limits = (path.score if path else statistic), thresholds
+        shape, begin = (len(values), len(thresholds)), starts[:, None]
         on, wait = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=int)
         false, delays = np.zeros(shape), np.full(shape, np.inf)
-        height, before = np.zeros(shape), np.zeros((shape[0], 1))
-        for position, column in enumerate(statistic.T[:, :, None]):
+        level, before = np.zeros(shape), np.zeros((shape[0], 1))
+        for position, column in enumerate(values.T[:, :, None]):
+            if path:
+                limits = height(thresholds, path.baseline[:, position, None], path.settings)
             # a CUSUM with a ceiling moves as one without, for it is the lower of the two and so at 0 whenever that is
-            height = np.clip(height + column - before, 0, thresholds) if capped else column
-            on, wait, raised = switch(on, wait, height, thresholds, release, cooldown)
+            level = np.clip(level + column - before, 0, limits) if path else column
+            on, wait, raised = switch(on, wait, level, limits, release, cooldown)
             before = column
             false += raised & (skip <= position) & (position < begin)
             inside = raised & (begin <= position) & (position < begin + length)
@@ -399,39 +448,27 @@ def outcomes(
         return false, delays
 
     thresholds = np.sort(np.asarray(thresholds, dtype=float))
-    ends = np.full(len(statistic_quiet), statistic_quiet.shape[1])
+    quiet = statistic_quiet.score if isinstance(statistic_quiet, Evidence) else statistic_quiet
+    ends = np.full(len(quiet), quiet.shape[1])
     false, (early, delays) = play(statistic_quiet, ends)[0], play(statistic_surge, starts)
     exposure = np.maximum(np.concatenate([ends, starts]) - skip, 0)
     return Outcomes(np.concatenate([false, early]), exposure, delays, thresholds)
 
 
-def levels(statistic_quiet: np.ndarray, skip: int = 0, number: int = 101) -> np.ndarray:
+def levels(statistic_quiet: np.ndarray | Evidence, skip: int = 0, number: int = 101) -> np.ndarray:
     """Thresholds worth trying: quantiles of the highest value in each quiet stream, and so about 1 alarm or fewer."""
-    highest = statistic_quiet[:, skip:].max(axis=1)
+    values = rarity(*statistic_quiet) if isinstance(statistic_quiet, Evidence) else statistic_quiet
+    highest = values[:, skip:].max(axis=1)
     return np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number)))
 
 
-def operating_curve(
-    statistic_quiet: np.ndarray,
-    statistic_surge: np.ndarray,
-    starts: np.ndarray,
-    documents_per_week: float,
-    thresholds: np.ndarray,
-    length: int,
-    resamples: int = 500,
-    seed: int = 0,
-    **counting: Any,
-) -> pd.DataFrame:
+def operating_curve(played: Outcomes, documents_per_week: float, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
     """False alarms against delay: a row for each threshold, with 95 % bootstrap intervals over streams.
 
     Columns: `threshold`; `false alarms a week`; `median delay` in documents of the topic, over all surges, of which
     one that is not detected counts as inf; `detected`, the share of surges; and each of the three with `, low` and
     `, high`.
-
-    Args:
-        counting: `skip`, `release`, `cooldown` and `capped`; see `outcomes`, also for what is counted
     """
-    played = outcomes(statistic_quiet, statistic_surge, starts, length, thresholds, **counting)
     rng, streams, surges = np.random.default_rng(seed), len(played.false), len(played.delays)
     weights = rng.multinomial(streams, np.full(streams, 1 / streams), resamples)
     draws, found = rng.integers(0, surges, (resamples, surges)), np.isfinite(played.delays)

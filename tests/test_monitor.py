@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def news(count: int, surge_from: int = 10**9, seed: int = 0) -> list[dict]:
 
 def watch(folder, channels=(), lateness=0.0):
     """A monitor with a small detector, on a journal in a folder."""
-    detector = partial(monitor.new_detector, negative=0.5, threshold=6.0, share=0.1)
+    detector = partial(monitor.new_detector, negative=0.5, threshold=10_000.0, share=0.1)
     return monitor.Monitor(by_words, Journal(folder / "journal.sqlite"), detector, channels, lateness)
 
 
@@ -256,7 +257,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     reference = {"length": [10, 20, 30], "rating": rating[:3].tolist(), "topic": ["earn", "ship", "earn"]}
     negative = sentiment.calibrate(rating, validation["sentiment"] == 0)
-    monitor.save_models(folder, None, learnt, negative, (-0.1, 0.1), {"threshold": 2.0}, reference, "a test")
+    detector = {"threshold": 40.0, "every": 70}
+    monitor.save_models(folder, None, learnt, negative, (-0.1, 0.1), detector, reference, "a test")
     return folder
 
 
@@ -281,6 +283,27 @@ def test_the_scorer_reads_what_was_saved(trained):
     assert monitor.Scorer(trained)([]) == []
     with pytest.raises(monitor.MonitorError, match="12_financial_sentiment"):
         monitor.Scorer(trained / "nowhere")
+
+
+def test_the_threshold_goes_with_the_false_alarms_asked_for(trained, tmp_path):
+    """Also for a topic that the journal knows from an earlier run."""
+    for every, rows, threshold in ((0, 5, 40), (700, 10, 400)):
+        scorer = monitor.Scorer(trained, every=every)
+        write(tmp_path / "in.jsonl", news(rows))
+        with Journal(tmp_path / "journal.sqlite") as journal:
+            watching = monitor.Monitor(scorer, journal, scorer.detector, [], 0.0)
+            monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)
+            states = [journal.state(f"topic: {topic}", None) for topic in monitor.seen(journal)["topic"]]
+        assert len(states) == rows and {state["threshold"] for state in states} == {threshold}
+    with pytest.raises(monitor.MonitorError, match="every"):
+        monitor.Scorer(trained, every=-1)
+    unmeasured = shutil.copytree(trained, tmp_path / "models")
+    settings = json.loads((trained / "monitor.json").read_text())
+    settings["detector"].pop("every")
+    (unmeasured / "monitor.json").write_text(json.dumps(settings))
+    assert monitor.Scorer(unmeasured).detector("topic: ship").threshold == 40
+    with pytest.raises(monitor.MonitorError, match="every"):
+        monitor.Scorer(unmeasured, every=700)
 
 
 def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):

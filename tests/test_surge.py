@@ -34,11 +34,43 @@ def streams(baseline: float, weeks: int, seed: int, per_week: int = 100, distanc
 
 def test_cusum_by_hand():
     """Baseline 0.2 and three times that: a sure negative adds log 3, and a sure other takes log 2."""
-    sure = surge.Settings(share=0.2, strength=KNOWN, ceiling=2.5)
+    sure = surge.Settings(share=0.2, strength=KNOWN)
+    ceiling = surge.rarity(2.5, 0.2, sure)
     labels = np.array([[0.0, 1, 0, 1, 1, 1, 0]])
     # log(27 / 2) would be 2.60, above the ceiling
     expected = [0, math.log(3), math.log(3 / 2), math.log(9 / 2), 2.5, 2.5, 2.5 - math.log(2)]
-    np.testing.assert_allclose(surge.cusum(labels, sure)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(surge.cusum(labels, sure, ceiling=ceiling).score[0], expected, atol=1e-6)
+
+
+def test_rarity_by_hand_and_back():
+    """Half of the documents negative, nine in ten in a surge of 1.8 times: log(5 / 3) nats for sure labels."""
+    sure = surge.Settings(share=0.5, ratio=1.8, gain=1)
+    assert surge.information(0.5, sure) == pytest.approx(math.log(5 / 3))
+    assert surge.rarity(2.0, 0.5, sure) == pytest.approx((math.exp(2) - 3) / math.log(5 / 3))
+    assert surge.height(np.inf, 0.5, sure) == np.inf
+    assert surge.height(1e-9, 0.5, sure) == 1.0 == sure.freeze
+    assert surge.height(1e-9, 0.5, replace(sure, freeze=0.0)) == math.log(1.8), "more than one document can add"
+
+
+@given(st.floats(1.2, 30), st.floats(0.001, 0.9), st.booleans())
+def test_height_is_the_inverse_of_rarity(score, share, hard):
+    assumed = surge.Settings(share=0.2, hard=hard, sensitivity=0.9, specificity=0.8)
+    assert surge.height(surge.rarity(score, share, assumed), share, assumed) == pytest.approx(score, rel=1e-6)
+
+
+def test_one_threshold_keeps_to_the_same_false_alarms_whatever_the_share():
+    """By a height in nats a topic of 30 % would have ten times as many as one of 5 %."""
+    alarms, by_height = {}, {}
+    for share in (0.05, 0.1, 0.3):
+        quiet, planted = streams(share, 300, seed=2, per_week=200, history=200)
+        assumed = surge.Settings(share=share)
+        paths = [surge.cusum(s.scores, assumed) for s in (quiet, planted)]
+        played = surge.outcomes(*paths, planted.starts, 40, np.array([115.0]), skip=200)
+        alarms[share] = float(200 * played.rates(np.ones(600))[0])
+        crossings = paths[0].score[:, 200:] >= 2.5
+        by_height[share] = (crossings[:, 1:] & ~crossings[:, :-1]).sum(axis=1).mean()
+    assert max(alarms.values()) < 2 * min(alarms.values()) and 0.5 < np.mean(list(alarms.values())) < 2, alarms
+    assert by_height[0.3] > 4 * by_height[0.05], by_height
 
 
 @pytest.mark.parametrize(
@@ -94,20 +126,20 @@ assumptions = st.builds(
 
 
 @settings(max_examples=50, deadline=None)
-@given(stream_of_documents(), assumptions, st.floats(0.3, 4), st.integers(0, 5))
+@given(stream_of_documents(), assumptions, st.floats(0.3, 400), st.integers(0, 5))
 def test_live_equals_vectorised_exactly(documents, assumed, threshold, cooldown):
     """Beside other streams, so that the number of streams makes no difference either."""
     times, probabilities = np.array(documents).T
-    assumed = replace(assumed, ceiling=threshold)
     beside = np.stack([probabilities, 1 - probabilities, np.roll(probabilities, 1)])
-    together = surge.cusum(beside, assumed, np.stack([times] * 3))[0]
+    path = surge.cusum(beside, assumed, np.stack([times] * 3), threshold)
+    together = surge.Evidence(path.score[:1], path.baseline[:1], assumed)
     live = surge.Cusum(assumed, threshold, cooldown=cooldown)
     alerts, scores = [], []
     for time, probability in documents:
         alerts.append(live.update(time, probability) is not None)
         scores.append(live.state["score"][0])
-    assert scores == together.tolist()
-    quiet = surge.outcomes(together[None], together[None], np.array([0]), 1, np.array([threshold]), cooldown=cooldown)
+    assert scores == together.score[0].tolist()
+    quiet = surge.outcomes(together, together, np.array([0]), 1, np.array([threshold]), cooldown=cooldown)
     assert quiet.false[0, 0] == sum(alerts)
 
 
@@ -123,14 +155,15 @@ def test_the_state_survives_json_at_any_point(documents, assumed, point):
 
 
 def test_the_alert_says_since_when_and_because_of_what():
-    live = surge.Cusum(surge.Settings(share=0.2, strength=KNOWN), threshold=3.0, keep=2)
+    assumed = surge.Settings(share=0.2, strength=KNOWN)
+    live = surge.Cusum(assumed, threshold=float(surge.rarity(3.0, 0.2, assumed)), keep=2)
     for number, probability in enumerate([0.99, 0.01, 0.01, 0.02]):
         assert live.update(100 + number, probability, f"quiet {number}") is None
     assert live.since is None and live.causes == []
     shown = [live.update(200 + n, p, f"surge {n}") for n, p in enumerate([0.9, 0.3, 0.999, 0.6, 0.99, 0.95])]
     alert = next(filter(None, shown))
     assert shown.count(None) == 5 and live.on
-    assert live.state["score"] == [3.0], "the threshold is the ceiling"
+    assert live.state["score"] == pytest.approx([3.0]), "the threshold is the ceiling"
     assert alert.since == 200, "the first document after the statistic was last 0"
     assert alert.time == 199 + alert.documents
     assert [document for document, _ in alert.causes] == ["surge 2", "surge 4"]
@@ -144,14 +177,14 @@ def test_the_alert_says_since_when_and_because_of_what():
 
 
 @settings(max_examples=50, deadline=None)
-@given(stream_of_documents(), st.lists(st.floats(0.3, 4), min_size=1, max_size=3))
+@given(stream_of_documents(), st.lists(st.floats(0.3, 400), min_size=1, max_size=3))
 def test_one_statistic_gives_the_alarms_under_every_ceiling(documents, thresholds):
     """Documents that raise an alarm in a CUSUM with a ceiling at the threshold, by two ways."""
     assumed = surge.Settings(share=0.2, strength=KNOWN)
     scores = np.array([[p for _, p in documents]])
     free = surge.cusum(scores, assumed)
     quiet, thresholds = (free, free, np.array([0]), 1), np.unique(thresholds)
-    swept = surge.outcomes(*quiet, thresholds * (1 - 1e-9), release=0.5, capped=True).false[0]
+    swept = surge.outcomes(*quiet, thresholds * (1 - 1e-9), release=0.5).false[0]
     for threshold, alarms in zip(thresholds, swept, strict=True):
         live = surge.Cusum(assumed, threshold)
         assert alarms == sum(live.update(0, p) is not None for p in scores[0])
@@ -189,7 +222,7 @@ def test_an_alarm_stays_on_until_the_lower_level_and_cools_down():
 
 def test_a_surge_is_not_learned_and_a_new_level_is():
     assumed = surge.Settings(share=0.2, gain=1, freeze=2.0, patience=100)
-    before = surge.Cusum(assumed, 4.0)
+    before = surge.Cusum(assumed, 150.0)
     random = np.random.default_rng(0)
     for number, label in enumerate(random.random(300) < 0.2):
         before.update(number, float(label))
@@ -198,7 +231,7 @@ def test_a_surge_is_not_learned_and_a_new_level_is():
         before.update(number, 1.0)
     assert before.on and before.state["baseline"][0] < start + 0.03
     for patience, least, most in ((100, 0.6, 1), (10**6, 0, 0.25)):
-        lasting = surge.Cusum(surge.Settings(share=0.2, gain=1, patience=patience), 4.0)
+        lasting = surge.Cusum(surge.Settings(share=0.2, gain=1, patience=patience), 150.0)
         for number in range(600):
             lasting.update(number, float(number % 10 > 0))
         assert least < lasting.state["baseline"][0] < most, "a surge without an end is the new baseline"
@@ -295,13 +328,18 @@ def test_operating_curve_by_hand():
     quiet = np.array([[0, 2, 0, 2, 0, 0], [0, 0, 0, 4, 3, 0.0]])
     planted = np.array([[0, 0, 0, 2, 4, 0], [2, 0, 0, 0, 0, 4], [0, 0, 5, 5, 5, 0.0]])
     starts = np.array([3, 2, 3])
-    curve = surge.operating_curve(quiet, planted, starts, 10, np.array([4.0, 1.0]), length=3).set_index("threshold")
+
+    def curve_of(length: int) -> pd.DataFrame:
+        played = surge.outcomes(quiet, planted, starts, length, np.array([4.0, 1.0]))
+        return surge.operating_curve(played, 10).set_index("threshold")
+
+    curve = curve_of(3)
     # 12 quiet documents and 8 before surges
     assert curve["false alarms a week"].tolist() == pytest.approx([10 * 5 / 20, 10 * 2 / 20])
     # at 1: at once, after 4 documents (too late), and never raised anew; at 4: after 2, and the same
     assert curve["detected"].tolist() == pytest.approx([1 / 3, 1 / 3])
     assert curve["median delay"].tolist() == [np.inf, np.inf]
-    longer = surge.operating_curve(quiet, planted, starts, 10, np.array([1.0, 4.0]), length=4).set_index("threshold")
+    longer = curve_of(4)
     assert longer["detected"].tolist() == pytest.approx([2 / 3, 2 / 3])
     assert longer["median delay"].tolist() == [4, 4]
     played = surge.outcomes(quiet, planted, starts, 4, np.array([1.0, 4.0]), skip=2)
@@ -316,7 +354,8 @@ def test_intervals_hold_the_estimate_and_shrink_with_more_weeks():
         quiet, planted = streams(0.2, weeks, seed=1)
         assumed = surge.Settings(share=0.2, strength=KNOWN)
         few = (surge.cusum(quiet.scores, assumed), surge.cusum(planted.scores, assumed))
-        row = surge.operating_curve(*few, planted.starts, 100, np.array([2.3]), length=40, resamples=200).iloc[0]
+        played = surge.outcomes(*few, planted.starts, 40, np.array([2.3]))
+        row = surge.operating_curve(played, 100, resamples=200).iloc[0]
         for name in ("false alarms a week", "median delay", "detected"):
             assert row[f"{name}, low"] <= row[name] <= row[f"{name}, high"]
         widths.append(row["false alarms a week, high"] - row["false alarms a week, low"])
@@ -353,10 +392,8 @@ def tuned(assumed: surge.Settings, distance: float, seed: int = 1) -> pd.Series:
     quiet, planted = streams(0.2, 400, seed, distance=distance, history=100)
     values = surge.cusum(quiet.scores, assumed), surge.cusum(planted.scores, assumed)
     thresholds = surge.levels(values[0], skip=100, number=41)
-    curve = surge.operating_curve(
-        *values, planted.starts, 100, thresholds, length=40, skip=100, capped=True, resamples=20
-    )
-    return surge.delay_at(curve)
+    played = surge.outcomes(*values, planted.starts, 40, thresholds, skip=100)
+    return surge.delay_at(surge.operating_curve(played, 100, resamples=20))
 
 
 def test_better_scores_are_not_slower_and_probabilities_not_slower_than_their_labels():
