@@ -277,6 +277,8 @@ def run(words: Sequence[tuple[str, int, int]], lower: Sequence[str], last: int, 
         if not (inside or known == "&"):
             break
         first -= 1
+    while first < last and lower[first] in ("of", "and", "&"):  # another name ends before the opening
+        first += 1
     return first
 
 

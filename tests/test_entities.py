@@ -122,6 +122,7 @@ def test_copies_of_a_sentence_come_into_one_split(agreements):
         ("cinram ltd th qtr net shr cts vs cts", ["cinram"]),
         ("owens and minor inc obod raises qtly dividend", ["owens and minor"]),
         ("gulf resources gre to gain on sale gulf resources and chemical corp", ["gulf resources and chemical"]),
+        ("princeville sells princeville corp and aloha inc parent", ["princeville", "princeville", "aloha"]),
         ("usair group inc agreed to buy pacific southwest airlines inc", ["usair", "pacific southwest airlines"]),
         ("hutchison whampoa ltd bought a stake in husky oil ltd", ["hutchison whampoa", "husky oil"]),
         ("koba electronics co ltd buys sumitomo bank", ["koba electronics", "sumitomo bank"]),
