@@ -89,8 +89,8 @@ def likelihoods(probabilities: np.ndarray, settings: Settings) -> tuple[np.ndarr
 def information(share: np.ndarray, settings: Settings) -> np.ndarray:
     """What a quiet document says against a surge on average, in nats.
 
-    For labels the Kullback-Leibler divergence of their distributions at the baseline share and in a surge; for
-    probabilities 1 / `gain` of the sure classes' (see `Settings`).
+    The Kullback-Leibler divergence of true classes (where `hard`, of labels) at the baseline share from those in a
+    surge, divided by `gain`, since a probability holds but a part of it (see `Settings`).
     """
     quiet, raised = np.asarray(share, dtype=float), np.minimum(settings.ratio * np.asarray(share), 0.95)
     if settings.hard:
