@@ -456,10 +456,13 @@ def outcomes(
 
 
 def levels(statistic_quiet: np.ndarray | Evidence, skip: int = 0, number: int = 101) -> np.ndarray:
-    """Thresholds worth trying: quantiles of the highest value in each quiet stream, and so about 1 alarm or fewer."""
+    """Thresholds worth trying: quantiles of the highest value in each quiet stream, so that there are few alarms.
+
+    The last one is infinite and so never raises any: however few false alarms are asked for, one keeps to them.
+    """
     values = rarity(*statistic_quiet) if isinstance(statistic_quiet, Evidence) else statistic_quiet
     highest = values[:, skip:].max(axis=1)
-    return np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number)))
+    return np.append(np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number))), np.inf)
 
 
 def operating_curve(played: Outcomes, documents_per_week: float, resamples: int = 500, seed: int = 0) -> pd.DataFrame:

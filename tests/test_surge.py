@@ -132,14 +132,14 @@ def test_live_equals_vectorised_exactly(documents, assumed, threshold, cooldown)
     times, probabilities = np.array(documents).T
     beside = np.stack([probabilities, 1 - probabilities, np.roll(probabilities, 1)])
     path = surge.cusum(beside, assumed, np.stack([times] * 3), threshold)
-    together = surge.Evidence(path.score[:1], path.baseline[:1], assumed)
     live = surge.Cusum(assumed, threshold, cooldown=cooldown)
     alerts, scores = [], []
     for time, probability in documents:
         alerts.append(live.update(time, probability) is not None)
         scores.append(live.state["score"][0])
-    assert scores == together.score[0].tolist()
-    quiet = surge.outcomes(together, together, np.array([0]), 1, np.array([threshold]), cooldown=cooldown)
+    assert scores == path.score[0].tolist()
+    share_of_limit = path.score[:1] / surge.height(threshold, path.baseline[:1], assumed)
+    quiet = surge.outcomes(share_of_limit, share_of_limit, np.array([0]), 1, np.array([1.0]), cooldown=cooldown)
     assert quiet.false[0, 0] == sum(alerts)
 
 
