@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -88,8 +88,10 @@ class Scorer:
         self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
         self.settings, self.reference = settings["detector"], settings["reference"]
         measured = self.settings.pop("every", 0)
-        if every < 0 or (every and not measured):
-            raise MonitorError(f"every is {every:g}: it must be above 0, and the models of a run that measured one.")
+        if not every >= 0:
+            raise MonitorError(f"every is {every:g}: give a number of documents above 0, or leave it out.")
+        if every and not measured:
+            raise MonitorError(f"The models in {folder} do not say how rare false alarms are: leave --every out.")
         if every:  # the threshold counts documents, and so goes with them
             self.settings["threshold"] *= every / measured
         self.how = {"precision": precision}
@@ -322,8 +324,9 @@ class Monitor:
             if key not in detectors:
                 state = self.journal.state(key, None)
                 detectors[key] = self.detector(key)
-                if state:  # the threshold is what this run was told
-                    detectors[key] = replace(surge.Cusum.from_dict(state), threshold=detectors[key].threshold)
+                if state:  # what was seen is the journal's; settings and threshold are those of this run
+                    told = {name: asdict(detectors[key])[name] for name in ("settings", "threshold")}
+                    detectors[key] = surge.Cusum.from_dict(state | told)
             alarm = detectors[key].update(document.time, probability, document.id)
             if alarm:
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]

@@ -294,7 +294,10 @@ def test_the_threshold_goes_with_the_false_alarms_asked_for(trained, tmp_path):
             watching = monitor.Monitor(scorer, journal, scorer.detector, [], 0.0)
             monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)
             states = [journal.state(f"topic: {topic}", None) for topic in monitor.seen(journal)["topic"]]
-        assert len(states) == rows and {state["threshold"] for state in states} == {threshold}
+            assert len(states) == rows and {state["threshold"] for state in states} == {threshold}
+            with journal.transaction():
+                for topic, state in zip(monitor.seen(journal)["topic"], states, strict=True):  # an older version's
+                    journal.set_state(f"topic: {topic}", state | {"settings": state["settings"] | {"ceiling": 4.0}})
     with pytest.raises(monitor.MonitorError, match="every"):
         monitor.Scorer(trained, every=-1)
     unmeasured = shutil.copytree(trained, tmp_path / "models")

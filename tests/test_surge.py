@@ -59,7 +59,7 @@ def test_height_is_the_inverse_of_rarity(score, share, hard):
 
 
 def test_one_threshold_keeps_to_the_same_false_alarms_whatever_the_share():
-    """By a height in nats a topic of 30 % would have ten times as many as one of 5 %."""
+    """By a height in nats a topic of 30 % has seven times as many as one of 5 %."""
     alarms, by_height = {}, {}
     for share in (0.05, 0.1, 0.3):
         quiet, planted = streams(share, 300, seed=2, per_week=200, history=200)
@@ -319,6 +319,15 @@ def test_simulated_days_are_as_asked():
 def test_what_cannot_be_simulated_is_refused(length, negative):
     with pytest.raises(surge.SurgeError):
         surge.simulate(np.array([0.9, 0.1]), np.array(negative), 3, 100, 0.2, 3, length, np.random.default_rng(0))
+
+
+def test_a_larger_threshold_is_as_much_rarer():
+    """Ten times the documents, for which `monitor --every` multiplies the threshold."""
+    (pool, negative), random = held_out(), np.random.default_rng(0)
+    quiet = surge.simulate(pool, negative, 200, 2000, 0.2, 1, 5, random, history=200)
+    path, ends = surge.cusum(quiet.scores, surge.Settings(share=0.2)), np.full(200, 2200)
+    alarms = surge.outcomes(path, path, ends, 1, np.array([115.0, 1150.0]), skip=200).false[:200].sum(axis=0)
+    assert 7 < alarms[0] / alarms[1] < 14, alarms
 
 
 # Evaluation
