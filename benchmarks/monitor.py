@@ -19,8 +19,11 @@ from xml.sax.saxutils import escape
 
 import pandas as pd
 
-from llmprod import data, models, monitor, report, sentiment, stream, track
-from llmprod.journal import Journal
+from llmprod import data, machine, models
+from llmprod.financial_sentiment import sentiment
+from llmprod.harness import results
+from llmprod.news_monitoring import channels, feeds, monitor, sources
+from llmprod.news_monitoring.journal import Journal
 
 HEADS = [
     "sentiment",
@@ -51,10 +54,10 @@ class OneFeed(BaseHTTPRequestHandler):
         pass
 
 
-def through(scorer: monitor.Scorer, source: stream.Source, folder: Path, documents: int) -> float:
+def through(scorer: monitor.Scorer, source: sources.Source, folder: Path, documents: int) -> float:
     """Documents a second from the source to the alerts' file."""
     with Journal(folder / "journal.sqlite") as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.detector, [monitor.Log(folder / "alerts.jsonl")], 0.0)
+        watching = monitor.Monitor(scorer, journal, scorer.detector, [channels.Log(folder / "alerts.jsonl")], 0.0)
         started = time.perf_counter()
         while watching.counts["documents"] + watching.counts["repeats"] < documents:
             watching.step([source])
@@ -69,8 +72,8 @@ def main() -> None:
     options.add_argument("--layers", type=int, nargs="+", default=[6, 3, 2])
     options.add_argument("--precision", nargs="+", default=["auto", "int8"])
     options = options.parse_args()
-    track.set_threads()
-    track.quiet()
+    machine.set_threads()
+    machine.quiet()
     wire = data.load("reuters-r8")
     kinds = {
         "sentences": (sentiment.load()["text"].drop_duplicates().head(options.documents).tolist(), 64),
@@ -94,18 +97,18 @@ def main() -> None:
                 server = HTTPServer(("127.0.0.1", 0), OneFeed)
                 server.body = f"<rss version='2.0'><channel>{items}</channel></rss>".encode()
                 threading.Thread(target=server.serve_forever, daemon=True).start()
-                sources = {
-                    "file": stream.Tail(folder / "in.jsonl"),
-                    "feed": stream.Feed(f"http://127.0.0.1:{server.server_port}/", deadline=120),
+                followed = {
+                    "file": sources.Tail(folder / "in.jsonl"),
+                    "feed": feeds.Feed(f"http://127.0.0.1:{server.server_port}/", deadline=120),
                 }
-                for name, source in sources.items():
+                for name, source in followed.items():
                     (folder / name).mkdir()
                     speed = through(scorer, source, folder / name, len(texts))
                     rows.append([kind, layers, precision, name, f"{alone:.0f}", f"{speed:.0f}", f"{speed / alone:.2f}"])
                 server.shutdown()
     speeds = ["encoder alone, documents/s", "whole monitor, documents/s", "ratio"]
-    print(track.machine())
-    print(report.markdown(pd.DataFrame(rows, columns=["texts", "layers", "precision", "source", *speeds])))
+    print(machine.describe())
+    print(results.markdown(pd.DataFrame(rows, columns=["texts", "layers", "precision", "source", *speeds])))
 
 
 if __name__ == "__main__":

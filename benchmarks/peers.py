@@ -16,7 +16,9 @@ import pandas as pd
 from cornac.data import Dataset
 from cornac.models import VAECF, BiVAECF, Recommender
 
-from llmprod import models, ranking, recommend, report, track
+from llmprod import machine, models
+from llmprod.harness import results
+from llmprod.recommendation import catalogues, datasets, protocols, ranking, reranker, scorers
 
 
 def of_cornac(model: Recommender, train: pd.DataFrame, shape: tuple[int, int]) -> np.ndarray:
@@ -31,16 +33,16 @@ def of_cornac(model: Recommender, train: pd.DataFrame, shape: tuple[int, int]) -
     return scores
 
 
-def hybrid(train: pd.DataFrame, catalogue: recommend.Catalogue, seed: int) -> np.ndarray:
+def hybrid(train: pd.DataFrame, catalogue: catalogues.Catalogue, seed: int) -> np.ndarray:
     """Scores of the learned ranking over text, graph, other users and times."""
-    texts = recommend.centred(models.embed("minilm", catalogue.items["text"].tolist(), max_length=32))
-    contents = {"text": texts, "graph": recommend.fact_vectors(catalogue)}
-    taken = recommend.matrix(train, catalogue.shape)
-    scores = recommend.first_stage(train, catalogue, contents, seed)
-    taught = recommend.examples(train, catalogue, contents, "within items", 6, 120, seed)
-    known, candidates = recommend.features(train, catalogue, scores), recommend.retrieve(scores, taken, 120)
-    ranker = recommend.teach(taught, list(known), seed)
-    return recommend.spread(ranker.scores(known, candidates), candidates, catalogue.shape)
+    texts = scorers.centred(models.embed("minilm", catalogue.items["text"].tolist(), max_length=32))
+    contents = {"text": texts, "graph": scorers.fact_vectors(catalogue)}
+    taken = catalogues.matrix(train, catalogue.shape)
+    scores = scorers.first_stage(train, catalogue, contents, seed)
+    taught = reranker.examples(train, catalogue, contents, "within items", 6, 120, seed)
+    known, candidates = reranker.features(train, catalogue, scores), reranker.retrieve(scores, taken, 120)
+    ranker = reranker.teach(taught, list(known), seed)
+    return reranker.spread(ranker.scores(known, candidates), candidates, catalogue.shape)
 
 
 def main() -> None:
@@ -49,20 +51,20 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=500, help="of Cornac's models")
     options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
-    track.set_threads()
-    track.quiet()
-    catalogue = recommend.load()
-    train, test = recommend.split(catalogue.interactions, "within items")
-    taken, relevant = recommend.matrix(train, catalogue.shape), recommend.matrix(test, catalogue.shape)
+    machine.set_threads()
+    machine.quiet()
+    catalogue = datasets.load()
+    train, test = protocols.split(catalogue.interactions, "within items")
+    taken, relevant = catalogues.matrix(train, catalogue.shape), catalogues.matrix(test, catalogue.shape)
     settings = {"k": 50, "act_fn": "tanh", "likelihood": "pois", "n_epochs": options.epochs, "batch_size": 128}
     settings |= {"learning_rate": 0.001, "use_gpu": False, "seed": options.seed}
     bivae = BiVAECF(encoder_structure=[100], **settings)
     vae = VAECF(autoencoder_structure=[100], **settings)
     makers: dict[str, Callable[[], np.ndarray]] = {
         "ours: hybrid": lambda: hybrid(train, catalogue, options.seed),
-        "ours: EASE": lambda: taken @ recommend.ease(taken),
-        "ours: iALS (implicit)": lambda: recommend.ials(taken, options.seed),
-        "ours: BPR (implicit)": lambda: recommend.bpr(taken, options.seed),
+        "ours: EASE": lambda: taken @ scorers.ease(taken),
+        "ours: iALS (implicit)": lambda: scorers.ials(taken, options.seed),
+        "ours: BPR (implicit)": lambda: scorers.bpr(taken, options.seed),
         "Cornac: BiVAE": lambda: of_cornac(bivae, train, catalogue.shape),
         "Cornac: VAECF": lambda: of_cornac(vae, train, catalogue.shape),
     }
@@ -77,8 +79,8 @@ def main() -> None:
         shown = "" if name == "ours: hybrid" else f"{gain:+.4f} ({low:+.4f} to {high:+.4f})"
         rows.append([name, f"{found['nDCG'].mean():.4f}", f"{found['precision'].mean():.4f}", f"{seconds:.0f}", shown])
         print(*rows[-1], flush=True)
-    print(track.machine())
-    print(report.markdown(pd.DataFrame(rows, columns=["model", "nDCG@10", "precision@10", "s", "the hybrid's gain"])))
+    print(machine.describe())
+    print(results.markdown(pd.DataFrame(rows, columns=["model", "nDCG@10", "precision@10", "s", "the hybrid's gain"])))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ from implicit.utils import ParameterWarning
 from scipy.sparse import csr_matrix, load_npz, save_npz
 from threadpoolctl import threadpool_limits
 
-from llmprod import ranking, recommend, study, track
+from llmprod import machine
+from llmprod.harness import study
+from llmprod.recommendation import catalogues, ranking, reranker, scorers
 
 CANDIDATES = 120
 EASE_ITEMS = 10_000  # above, its four matrices of items² doubles are 3.2 GB and more
@@ -83,10 +85,10 @@ def prepare(size: dict) -> None:
     cluster = random.integers(0, round(shape[1] ** 0.4), shape[1])
     pairs = pd.DataFrame(draw(size["interactions"], *shape, cluster, random), columns=["user", "item"])
     for name, part in (("test", pairs[: len(pairs) // 10]), ("train", pairs[len(pairs) // 10 :])):
-        save_npz(folder / name, recommend.matrix(part, shape), compressed=False)
+        save_npz(folder / name, catalogues.matrix(part, shape), compressed=False)
     latent = random.normal(size=(cluster.max() + 1, 32))[cluster] + random.normal(size=(shape[1], 32))
     vectors = latent @ random.normal(size=(32, 384)) + 0.5 * random.normal(size=(shape[1], 384))
-    np.save(folder / "text.npy", recommend.centred(vectors).astype(np.float32))
+    np.save(folder / "text.npy", scorers.centred(vectors).astype(np.float32))
 
 
 # Models: each fits, and returns the function that says what it is worth
@@ -100,7 +102,7 @@ def popularity(task: Task) -> Worth:
 
 def ease(task: Task) -> Worth:
     """Closed form, items × items in double precision."""
-    weights, past = recommend.ease(task.train), task.train[task.judged]
+    weights, past = scorers.ease(task.train), task.train[task.judged]
     return lambda: task.ndcg(ranking.top(past @ weights, 20, past), f"weights {weights.nbytes / 1e6:.0f} MB, dense")
 
 
@@ -173,7 +175,7 @@ def text(kind: str, task: Task) -> Worth:
 
 def serving(task: Task) -> Worth:
     """Both stages for one user at a time, on one thread: iALS and text candidates, then the learned ranking."""
-    torch.set_num_threads(1)  # recommend.teach gives LightGBM as many
+    torch.set_num_threads(1)  # reranker.teach gives LightGBM as many
     factors, vectors = np.load(task.folder / "factors.npz"), np.load(task.folder / "text.npy")
     people, items, (search, _) = factors["users"], factors["items"], search_of("HNSW", vectors)
     faiss.omp_set_num_threads(1)
@@ -203,7 +205,7 @@ def serving(task: Task) -> Worth:
         pairs = zip(task.teachers, taught, strict=True)
         relevance = np.concatenate([task.test[user, chosen].toarray() for user, (chosen, _) in pairs])
         rows = {name: np.concatenate([found[name] for _, found in taught]) for name in taught[0][1]}
-        ranker = recommend.teach([(rows, place.repeat(len(taught), axis=0), relevance)], list(rows), task.seed)
+        ranker = reranker.teach([(rows, place.repeat(len(taught), axis=0), relevance)], list(rows), task.seed)
 
     def worth() -> tuple[str, str]:
         lists, first, second = [], [], []
@@ -241,13 +243,13 @@ MODELS: dict[str, tuple[Callable[[Task], Worth], str]] = {  # and what to do whe
 
 def measure(size: dict) -> dict:
     """Fits one model in this process: seconds, peak memory and what of it data and fit added, quality."""
-    before = track.peak_memory_mb()
+    before = machine.peak_memory_mb()
     train, test = (load_npz(Path(size["folder"]) / f"{name}.npz") for name in ("train", "test"))
     users = np.flatnonzero((np.diff(train.indptr) > 0) & (np.diff(test.indptr) > 0))
     task = Task(Path(size["folder"]), size["seed"], train, test, users[:1000], users[1000:3000])
     started = time.perf_counter()
     worth = MODELS[size["model"]][0](task)
-    seconds, peak = time.perf_counter() - started, track.peak_memory_mb()
+    seconds, peak = time.perf_counter() - started, machine.peak_memory_mb()
     quality, note = worth()
     numbers = {"seconds": seconds, "peak": peak, "own": peak - before}
     return size | numbers | {"quality": quality, "note": note}
@@ -285,8 +287,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="serving needs iALS")
     parser.add_argument("--seed", type=int, default=0)
     options, rows = parser.parse_args(), []
-    packages = track.versions(("numpy", "scipy", "implicit", "faiss-cpu", "lightgbm"))
-    print(f"{track.machine()}; {', '.join(f'{name} {version}' for name, version in packages.items())}\n")
+    packages = machine.versions(("numpy", "scipy", "implicit", "faiss-cpu", "lightgbm"))
+    print(f"{machine.describe()}; {', '.join(f'{name} {version}' for name, version in packages.items())}\n")
     print("| interactions | users × items | model | fit, s | own MB | peak MB | quality | |")
     print("|--:|--:|---|--:|--:|--:|---|---|")
     for count in sorted(options.interactions):

@@ -85,23 +85,24 @@ def main(arguments: list[str] | None = None) -> int:
 def list_artifacts(options: argparse.Namespace) -> int:
     import pandas as pd
 
-    from llmprod import artifacts, report
+    from llmprod import artifacts
+    from llmprod.harness import results
 
     for name in options.fetch:
         print(artifacts.fetch(name))
     if not options.fetch:
-        print(report.markdown(pd.DataFrame(artifacts.table()).astype(object).fillna("")))
+        print(results.markdown(pd.DataFrame(artifacts.table()).astype(object).fillna("")))
         print(f"\ncache: {artifacts.cache_folder()}")
     return 0
 
 
 def run(options: argparse.Namespace) -> int:
-    from llmprod import report, runner
+    from llmprod.harness import pipeline, report, runner
 
-    parameters = runner.parse_parameters(options.params)
+    parameters = pipeline.parse_parameters(options.params)
     folder = runner.folder_for(options.profile, parameters)
-    runner.read(options.notebook or "01_data")
-    notebooks = runner.with_upstream(options.notebook) if options.notebook else list(report.pipeline())
+    pipeline.read(options.notebook or "01_data")
+    notebooks = pipeline.with_upstream(options.notebook) if options.notebook else list(pipeline.pipeline())
     runner.run(notebooks, options.profile, parameters, folder)
     report.build(folder)
     print(f"report: {runner.shown(folder / 'index.html')}")
@@ -113,17 +114,18 @@ def reproduce(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from llmprod import report, runner
+    from llmprod.harness import pipeline, results, runner
 
-    folder = runner.folder_for(options.profile, runner.parse_parameters(getattr(options, "params", "")))
-    table = report.verify(folder)
-    print(report.markdown(table))
-    print(f"\n{report.tally(table)}")
-    return int(table["verdict"].isin([report.DRIFTED, report.MISSING]).any())
+    folder = runner.folder_for(options.profile, pipeline.parse_parameters(getattr(options, "params", "")))
+    table = results.verify(folder)
+    print(results.markdown(table))
+    print(f"\n{results.tally(table)}")
+    return int(table["verdict"].isin([results.DRIFTED, results.MISSING]).any())
 
 
 def write_report(options: argparse.Namespace) -> int:
-    from llmprod import paths, report, runner
+    from llmprod import paths
+    from llmprod.harness import report, runner
 
     folder = runner.folder_for(options.profile, {})
     if (folder / "results").exists():
@@ -134,35 +136,38 @@ def write_report(options: argparse.Namespace) -> int:
 
 
 def measure_reference(options: argparse.Namespace) -> int:
-    from llmprod import runner
+    from llmprod.harness import report, runner
 
     print(runner.measure_reference(options.profile, options.seeds, options.notebook))
-    return write_report(options)
+    write_report(options)
+    report.keep(options.profile)
+    return 0
 
 
 def run_studies(options: argparse.Namespace) -> int:
-    from llmprod import experiments, study
+    from llmprod.harness import study
 
     for name in options.names or study.declared():
-        print(f"{name}: {study.run(name, experiments.EXPERIMENTS)} runs, {len(study.rows(name))} in all")
+        print(f"{name}: {study.run(name)} runs, {len(study.rows(name))} in all")
     return 0
 
 
 def monitor_stream(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from llmprod import monitor, stream, track
-    from llmprod.journal import Journal
+    from llmprod import machine
+    from llmprod.news_monitoring import channels, monitor, sources
+    from llmprod.news_monitoring.journal import Journal
 
-    track.set_threads()
-    track.quiet()
-    sources = [stream.open_source(word) for word in options.source]
-    channels = [monitor.open_channel(word) for word in options.alert or ["console"]]
+    machine.set_threads()
+    machine.quiet()
+    followed = [sources.open_source(word) for word in options.source]
+    told = [channels.open_channel(word) for word in options.alert or ["console"]]
     folder = Path(options.models) if options.models else monitor.default_models()
     scorer = monitor.Scorer(folder, options.precision, options.every)
     with Journal(monitor.journal_file(options.journal)) as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.detector, channels, options.lateness)
-        counts = monitor.run(watching, sources, options.once, options.pause)
+        watching = monitor.Monitor(scorer, journal, scorer.detector, told, options.lateness)
+        counts = monitor.run(watching, followed, options.once, options.pause)
         late = journal.late()
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
     if late:
@@ -171,8 +176,9 @@ def monitor_stream(options: argparse.Namespace) -> int:
 
 
 def judge_alerts(options: argparse.Namespace) -> int:
-    from llmprod import monitor, report
-    from llmprod.journal import Journal
+    from llmprod.harness import results
+    from llmprod.news_monitoring import monitor
+    from llmprod.news_monitoring.journal import Journal
 
     with Journal(monitor.journal_file(options.journal), shared=True) as journal:
         for alert in options.acknowledge:
@@ -187,19 +193,19 @@ def judge_alerts(options: argparse.Namespace) -> int:
         print("no alerts yet")
     else:
         shown = ["id", "key", "severity", "count", "acknowledged", "right"]
-        print(report.markdown(found[shown].astype(object).fillna("")))
+        print(results.markdown(found[shown].astype(object).fillna("")))
     return 0
 
 
 def pin(options: argparse.Namespace) -> int:
-    from llmprod import notebooks
+    from llmprod.harness import notebooks
 
     print(f"pinned {notebooks.pin()}")
     return 0
 
 
 def sync(options: argparse.Namespace) -> int:
-    from llmprod import track
+    from llmprod.harness import track
 
     print(f"uploaded {track.sync()} runs")
     return 0

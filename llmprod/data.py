@@ -4,9 +4,6 @@ A table of texts is a pandas frame with the columns `text`, `label` and `split` 
 done to it is recorded as rows of (step, split, removed, why), so that nothing disappears without a word.
 """
 
-import json
-import os
-import shutil
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +13,11 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars, load_from_disk
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, artifacts
+from llmprod import LLMProdError, artifacts, files
 
 READERS = {".csv": pd.read_csv, ".tsv": pd.read_csv, ".jsonl": pd.read_json, ".parquet": pd.read_parquet}
+
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -310,7 +309,7 @@ def check_labels(table: pd.DataFrame) -> None:
 
 
 def save(table: pd.DataFrame, folder: Path, protocol: dict) -> None:
-    """Writes the splits as a `datasets` folder with the protocol that made them; whole or not at all."""
+    """Writes the splits as a `datasets` folder with the protocol that made them, atomically."""
     disable_progress_bars()
     names = sorted(table["label"].unique())
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
@@ -320,16 +319,13 @@ def save(table: pd.DataFrame, folder: Path, protocol: dict) -> None:
         parts[name] = Dataset.from_dict(
             {"text": part["text"].tolist(), "label": [names.index(label) for label in part["label"]]}, features=features
         )
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    parts.save_to_disk(str(temporary))
-    (temporary / "protocol.json").write_text(json.dumps(protocol, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with files.atomic(folder) as temporary:
+        parts.save_to_disk(str(temporary))
+        files.write_json(temporary / "protocol.json", protocol)
 
 
 def prepared(folder: Path) -> tuple[DatasetDict, list[str], dict]:
     """What `save` wrote: the splits with `text` and `label` (a class number), the class names, the protocol."""
     disable_progress_bars()
     splits = load_from_disk(str(folder))
-    return splits, splits["train"].features["label"].names, json.loads((folder / "protocol.json").read_text())
+    return splits, splits["train"].features["label"].names, files.read_json(folder / "protocol.json")

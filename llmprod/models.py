@@ -1,12 +1,7 @@
-"""The classifier: a pretrained encoder with a head; loading, checkpoints, precision, prediction."""
+"""The classifier: a pretrained encoder with a head; loading, checkpoints, prediction."""
 
-import os
-import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from llmprod import LLMProdError, artifacts
+from llmprod import LLMProdError, artifacts, files
+from llmprod.machine import autocast, device_and_precision
 
 PREFIX = "prefix"
 
@@ -254,75 +250,21 @@ def load_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> tup
 
 
 def save_checkpoint(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Writes model (safetensors), tokenizer and model card into a folder; whole or not at all.
+    """Writes model (safetensors), tokenizer and model card into a folder, atomically.
 
     What can't be merged into the weights (a prefix, see `methods.merge`) lies in a folder of its own beside them.
     """
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
     wrapped = classifier.encoder
-    if isinstance(wrapped, PeftModel):
-        wrapped.save_pretrained(temporary / PREFIX)
-        classifier.encoder = wrapped.base_model
-    try:
-        classifier.save_pretrained(temporary)
-    finally:
-        classifier.encoder = wrapped
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, str]:
-    """Where to compute and in what number format, and why.
-
-    Args:
-        precision: "fp32", "bf16" (matrix products in bfloat16, weights and everything else in float32), or "auto":
-            bf16 where it is the faster one here (see `bf16_is_faster`)
-
-    Returns device, precision and the reason for the two, for people to read.
-    """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ModelError(f"precision is '{precision}'; use 'auto', 'fp32' or 'bf16'.")
-    if torch.cuda.is_available():
-        device, name, faster = torch.device("cuda"), torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
-    elif torch.backends.mps.is_available():
-        device, name, faster = torch.device("mps"), "Apple GPU", False
-    else:
-        can, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
-        device, name = torch.device("cpu"), f"{can.get('cpu_name') or can.get('architecture')}, {threads} threads"
-        faster = precision == "auto" and bf16_is_faster()
-    if precision == "auto":
-        speed = "faster" if faster else "not faster"
-        return device, "bf16" if faster else "fp32", f"{name}; matrix products in bfloat16 are {speed} here"
-    return device, precision, f"{name}; {precision} was asked for"
-
-
-@cache
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, by a measurement of milliseconds.
-
-    Instructions for bfloat16 alone don't tell: some processors run them at half the speed of float32, others at twice
-    to four times. Where there are none, nothing is measured.
-    """
-    can = torch.cpu.get_capabilities()
-    if not (can.get("avx512_bf16") or can.get("amx_bf16")):
-        return False
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(5):
-        for dtype, found in seconds.items():
-            rows, weights = torch.ones(1024, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-            linear(rows, weights)  # the first call prepares the kernel
-            started = time.perf_counter()
-            linear(rows, weights)
-            found.append(time.perf_counter() - started)
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which a forward pass uses the precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    with files.atomic(folder) as temporary:
+        if isinstance(wrapped, PeftModel):
+            wrapped.save_pretrained(temporary / PREFIX)
+            classifier.encoder = wrapped.base_model
+        try:
+            classifier.save_pretrained(temporary)
+        finally:
+            classifier.encoder = wrapped
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def in_length_order(

@@ -1,11 +1,10 @@
-"""Hyper-parameter search by Optuna, which resumes after a kill; and classifiers with int8 weights, for speed."""
+"""Hyper-parameter search that resumes and prunes; int8."""
 
 import contextlib
 import hashlib
 import inspect
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from optuna.trial import TrialState
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from llmprod import models
+from llmprod import files, models
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -121,7 +120,7 @@ def int8(folder: Path) -> tuple[Int8Classifier, PreTrainedTokenizerBase]:
 
 
 def save_int8(classifier: models.Classifier, file: Path) -> None:
-    """Writes a classifier as ONNX with 8-bit weights, one scale for each output of a layer; whole or not at all.
+    """Writes a classifier as ONNX with 8-bit weights, one scale for each output of a layer; atomically.
 
     Activations are rounded as they come, by the range of each batch (dynamic quantisation, Jacob et al. 2018; library
     `onnxruntime`). One scale for a whole layer costs a MiniLM ten times the accuracy that one for each output does.
@@ -139,8 +138,8 @@ def save_int8(classifier: models.Classifier, file: Path) -> None:
     tokens = torch.ones(2, 8, dtype=torch.long)
     mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 4])  # without any padding the export would leave the mask out
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary, unheard():
-        whole, small = (Path(temporary) / f"{name}.onnx" for name in ("whole", "small"))
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder, files.atomic(file) as small, unheard():
+        whole = Path(folder) / "whole.onnx"
         torch.onnx.export(
             plain,
             (tokens, mask),
@@ -152,7 +151,6 @@ def save_int8(classifier: models.Classifier, file: Path) -> None:
             dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
         )
         quantize_dynamic(whole, small, weight_type=QuantType.QInt8, per_channel=True)
-        os.replace(small, file)
 
 
 @contextlib.contextmanager

@@ -40,10 +40,10 @@ def llmprod(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """All notebooks, run headless in the smoke profile with tracking on: the run's folder."""
-    from llmprod import report, runner
+    from llmprod.harness import pipeline, runner
 
     folder = tmp_path_factory.mktemp("run") / "smoke"
     with runner.environment(TRACKING="on"):
         os.environ.pop("WANDB_API_KEY", None)
-        assert runner.run(list(report.pipeline()), "smoke", {}, folder)
+        assert runner.run(list(pipeline.pipeline()), "smoke", {}, folder)
     return folder

@@ -179,7 +179,7 @@ def test_unwritable_cache(thing, monkeypatch, tmp_path):
 FULL = """
 import resource, signal
 from tests.test_artifacts import describe
-from llmprod import artifacts
+
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 entry = describe({{"url": "{url}"}})
 artifacts.registry = lambda: {{"thing": entry}}

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprod import artifacts, entities
-from llmprod.entities import Entity
+from llmprod import artifacts
+from llmprod.financial_sentiment import entities
+from llmprod.financial_sentiment.entities import Entity
 
 
 @pytest.fixture(scope="module")

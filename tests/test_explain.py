@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmprod import explain, fewshot, models
+from llmprod import models
+from llmprod.evaluate import explain
+from llmprod.finetune import fewshot
 
 
 @pytest.fixture(scope="module")

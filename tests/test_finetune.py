@@ -9,7 +9,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprod import data, fewshot, finetune, methods, models, track
+from llmprod import data, machine, models
+from llmprod.finetune import fewshot, learn, methods, trainer
 
 FAST = {
     "epochs": 1,
@@ -30,13 +31,13 @@ def small(tmp_path_factory):
     return data.prepared(folder)[:2]
 
 
-def learn(small, folder, seed=0, **changes) -> finetune.Learnt:
+def learn(small, folder, seed=0, **changes) -> learn.Learnt:
     """A short training run."""
     splits, labels = small
-    return finetune.learn(splits, labels, folder, seed=seed, **FAST | changes)
+    return learn.learn(splits, labels, folder, seed=seed, **FAST | changes)
 
 
-def accuracy(learnt: finetune.Learnt, part: Dataset) -> float:
+def accuracy(learnt: learn.Learnt, part: Dataset) -> float:
     """On a split."""
     logits = models.predict(learnt.classifier, learnt.tokenizer, list(part["text"]), precision="fp32")
     return float((logits.argmax(axis=1) == np.array(part["label"])).mean())
@@ -119,10 +120,10 @@ def test_every_measure_against_over_fitting_changes_training_and_still_learns(ch
 def test_an_adversarial_step_raises_the_loss(small, tmp_path):
     """The shift has the length asked for, and the loss at the shifted text is higher than at the text."""
     splits, labels = small
-    track.seed_everything(0)
+    machine.seed_everything(0)
     model, tokenizer = models.load_classifier("minilm", labels, dropout=0.0)
-    train = finetune.tokenize(splits["train"], tokenizer, 32, "minilm")
-    made = finetune.trainer(
+    train = trainer.tokenize(splits["train"], tokenizer, 32, "minilm")
+    made = trainer.trainer(
         model, tokenizer, train, None, tmp_path, seed=0, adversarial=3.0, batch_tokens=512, precision="fp32"
     )
     batch = next(iter(made.get_train_dataloader()))
@@ -147,15 +148,15 @@ def test_supervised_contrastive_loss_by_hand():
     labels = torch.tensor([0, 0, 1])
     # of the first two, the other one has cosine 1 against 0: -log(e^10 / (e^10 + 1)); the third has no partner
     expected = -np.log(np.exp(10) / (np.exp(10) + 1))
-    assert finetune.supervised_contrastive(vectors, labels).item() == pytest.approx(expected, rel=1e-3)
-    assert finetune.supervised_contrastive(vectors, torch.tensor([0, 1, 2])).item() == 0
+    assert trainer.supervised_contrastive(vectors, labels).item() == pytest.approx(expected, rel=1e-3)
+    assert trainer.supervised_contrastive(vectors, torch.tensor([0, 1, 2])).item() == 0
 
 
 def test_lower_layers_learn_slower(small, tmp_path):
     splits, labels = small
     model, tokenizer = models.load_classifier("minilm", labels)
-    train = finetune.tokenize(splits["train"], tokenizer, 32, "minilm")
-    made = finetune.trainer(
+    train = trainer.tokenize(splits["train"], tokenizer, 32, "minilm")
+    made = trainer.trainer(
         model, tokenizer, train, None, tmp_path, seed=0, layer_decay=0.5, learning_rate=1e-3, precision="fp32"
     )
     rates = {id(p): group["lr"] for group in made.create_optimizer().param_groups for p in group["params"]}
@@ -168,7 +169,7 @@ def test_lower_layers_learn_slower(small, tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(3, 128), min_size=1, max_size=300), st.integers(128, 4096), st.integers(0, 5))
 def test_token_budget_batches_hold_every_text_once(lengths, budget, seed):
-    sampler = finetune.TokenBudget(lengths, budget, seed)
+    sampler = trainer.TokenBudget(lengths, budget, seed)
     epochs = [list(sampler), list(sampler)]
     for batches in epochs:
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
@@ -179,20 +180,20 @@ def test_token_budget_batches_hold_every_text_once(lengths, budget, seed):
 def test_token_budget_pads_little_and_mixes_every_epoch(small):
     splits, _ = small
     tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
-    tokens = finetune.tokenize(splits["train"], tokenizer, 128, "minilm")
+    tokens = trainer.tokenize(splits["train"], tokenizer, 128, "minilm")
     lengths = np.array([len(ids) for ids in tokens["input_ids"]])
-    sampler = finetune.TokenBudget(lengths, 1024, 0)
+    sampler = trainer.TokenBudget(lengths, 1024, 0)
     first, second = list(sampler), list(sampler)
     padded = sum(len(batch) * lengths[batch].max() for batch in first)
     assert lengths.sum() <= padded < 1.15 * lengths.sum()
     assert sorted(map(sorted, first)) != sorted(map(sorted, second)), "another mix"
-    assert list(finetune.TokenBudget(lengths, 1024, 0)) == first, "the same for the same seed"
+    assert list(trainer.TokenBudget(lengths, 1024, 0)) == first, "the same for the same seed"
 
 
 def test_tokens_are_kept_for_the_next_run(small):
     splits, _ = small
     tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
-    one, two, shorter = (finetune.tokenize(splits["train"], tokenizer, length, "minilm") for length in (32, 32, 16))
+    one, two, shorter = (trainer.tokenize(splits["train"], tokenizer, length, "minilm") for length in (32, 32, 16))
     assert one._fingerprint == two._fingerprint != shorter._fingerprint
     assert one.cache_files == two.cache_files and max(map(len, shorter["input_ids"])) <= 16
 
@@ -201,7 +202,7 @@ def test_tokens_are_kept_for_the_next_run(small):
 @given(st.lists(st.integers(1000, 30000), min_size=0, max_size=60))
 def test_augmentation_keeps_the_ends_and_adds_nothing(inner):
     example = {"input_ids": [101, *inner, 102], "attention_mask": [1] * (len(inner) + 2), "labels": 3}
-    edited = finetune.edit(example)
+    edited = trainer.edit(example)
     ids = edited["input_ids"]
     assert ids[0] == 101 and ids[-1] == 102 and len(edited["attention_mask"]) == len(ids) <= len(example["input_ids"])
     assert set(ids) <= set(example["input_ids"]) and edited["labels"] == 3

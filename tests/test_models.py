@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmprod import artifacts, methods, models
+from llmprod import LLMProdError, artifacts, machine, models
+from llmprod.finetune import methods
 
 TEXTS = [
     "oil prices rose after the opec meeting",
@@ -94,11 +95,11 @@ def test_a_model_must_be_known_and_in_safetensors(tmp_path):
 
 
 def test_precision_is_chosen_with_a_reason():
-    _, precision, reason = models.device_and_precision("auto")
+    _, precision, reason = machine.device_and_precision("auto")
     assert precision in ("fp32", "bf16") and "bfloat16" in reason
-    assert models.device_and_precision("fp32")[1] == "fp32"
-    with pytest.raises(models.ModelError, match="'auto', 'fp32' or 'bf16'"):
-        models.device_and_precision("int8")
+    assert machine.device_and_precision("fp32")[1] == "fp32"
+    with pytest.raises(LLMProdError, match="'auto', 'fp32' or 'bf16'"):
+        machine.device_and_precision("int8")
 
 
 def test_the_cosine_head_is_a_scaled_cosine():
@@ -157,11 +158,11 @@ def test_a_prompt_asks_for_the_words_of_the_class_names(masked_language_model, t
 def test_a_prompt_can_be_trained(masked_language_model, tmp_path):
     from datasets import Dataset, DatasetDict
 
-    from llmprod import finetune
+    from llmprod.finetune import learn
 
     texts = [f"{word} {i}" for i in range(16) for word in ("oil", "money")]
     part = Dataset.from_dict({"text": texts, "label": [0, 1] * 16})
-    learnt = finetune.learn(
+    learnt = learn.learn(
         DatasetDict(train=part, validation=part),
         ["crude", "cash"],
         tmp_path,

@@ -19,9 +19,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmprod import models, monitor, sentiment, stream, surge
+from llmprod import models
 from llmprod.__main__ import main
-from llmprod.journal import Journal
+from llmprod.evaluate import drift
+from llmprod.financial_sentiment import multitask, sentiment
+from llmprod.news_monitoring import channels, monitor, sources
+from llmprod.news_monitoring.documents import Document
+from llmprod.news_monitoring.journal import Journal
 from tests.conftest import ROOT, llmprod
 
 BAD = ("loss", "fraud", "collapse", "strike", "default", "layoffs", "fine", "recall")
@@ -77,8 +81,8 @@ def state_of(journal):
 
 def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     write(tmp_path / "in.jsonl", news(400, surge_from=250))
-    watching = watch(tmp_path, [monitor.Log(tmp_path / "alerts.jsonl")])
-    counts = monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl", batch=50)], once=True)
+    watching = watch(tmp_path, [channels.Log(tmp_path / "alerts.jsonl")])
+    counts = monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl", batch=50)], once=True)
     assert counts["documents"] == 400
     told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     assert {alert["key"] for alert in told} == {"topic: earn", "company: acme"}
@@ -88,25 +92,25 @@ def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     assert first["share"] > 2 * first["baseline"]
     assert all(any(word in document["text"] for word in BAD) for document in first["documents"])
     # the same again: nothing new, nothing told
-    assert monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)["documents"] == 400
+    assert monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)["documents"] == 400
     assert len((tmp_path / "alerts.jsonl").read_text().splitlines()) == len(told)
 
 
 def test_the_progress_line_tells_how_far_behind_it_is(tmp_path, capsys):
     write(tmp_path / "in.jsonl", [row | {"time": time.time() - 100 + i} for i, row in enumerate(news(20))])
-    monitor.run(watch(tmp_path), [stream.Tail(tmp_path / "in.jsonl")], once=True)
+    monitor.run(watch(tmp_path), [sources.Tail(tmp_path / "in.jsonl")], once=True)
     behind = re.search(r"(\d+) s behind", capsys.readouterr().err)
     assert 75 <= int(behind[1]) <= 100
     write(tmp_path / "old.jsonl", news(5, seed=1))
     (tmp_path / "old").mkdir()
-    monitor.run(watch(tmp_path / "old"), [stream.Tail(tmp_path / "old.jsonl")], once=True)
+    monitor.run(watch(tmp_path / "old"), [sources.Tail(tmp_path / "old.jsonl")], once=True)
     assert "behind" not in capsys.readouterr().err
 
 
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from llmprod import monitor, stream
+
 from tests.test_monitor import watch
 
 folder, kills = Path(sys.argv[1]), 0
@@ -115,8 +119,8 @@ while kills < 50:
     child = os.fork()
     if child == 0:
         try:
-            watching = watch(folder, [monitor.Log(folder / "alerts.jsonl")])
-            monitor.run(watching, [stream.Tail(folder / "in.jsonl", batch=4)], once=True)
+            watching = watch(folder, [channels.Log(folder / "alerts.jsonl")])
+            monitor.run(watching, [sources.Tail(folder / "in.jsonl", batch=4)], once=True)
         finally:
             os._exit(0)
     time.sleep(draw.uniform(0.005, 0.09))
@@ -133,17 +137,17 @@ def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "in.jsonl", rows)
-    quiet = watch(tmp_path / "whole", [monitor.Log(tmp_path / "whole" / "alerts.jsonl")])
-    monitor.run(quiet, [stream.Tail(tmp_path / "whole" / "in.jsonl", batch=4)], once=True)
+    quiet = watch(tmp_path / "whole", [channels.Log(tmp_path / "whole" / "alerts.jsonl")])
+    monitor.run(quiet, [sources.Tail(tmp_path / "whole" / "in.jsonl", batch=4)], once=True)
 
     killer = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "0"]
     done = subprocess.run(killer, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "50"
-    again = watch(tmp_path / "killed", [monitor.Log(tmp_path / "killed" / "alerts.jsonl")])
+    again = watch(tmp_path / "killed", [channels.Log(tmp_path / "killed" / "alerts.jsonl")])
     before = len(again.journal.recent())
     assert before > 0  # it got somewhere between the kills
-    monitor.run(again, [stream.Tail(tmp_path / "killed" / "in.jsonl", batch=4)], once=True)
+    monitor.run(again, [sources.Tail(tmp_path / "killed" / "in.jsonl", batch=4)], once=True)
 
     assert state_of(again.journal) == state_of(quiet.journal)
     logs = [(tmp_path / name / "alerts.jsonl").read_text().splitlines() for name in ("whole", "killed")]
@@ -154,7 +158,7 @@ def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path):
 def test_a_step_that_fails_leaves_everything_as_it_was(tmp_path):
     write(tmp_path / "in.jsonl", news(100, surge_from=20))
     watching = watch(tmp_path)
-    source = stream.Tail(tmp_path / "in.jsonl", batch=40)
+    source = sources.Tail(tmp_path / "in.jsonl", batch=40)
     watching.step([source])
     before = state_of(watching.journal), watching.journal.cursor(source.name), dict(watching.counts)
 
@@ -199,7 +203,7 @@ ALERT = {"id": "abc", "key": "topic: earn", "severity": 3.0, "documents": []}
 def test_a_webhook_is_signed_and_repeated_until_it_is_taken(receiver, monkeypatch):
     monkeypatch.setenv("LLMPROD_WEBHOOK_SECRET", "quiet")
     receiver.failures = 2
-    monitor.Webhook(receiver.url, wait=0.01).send(ALERT)
+    channels.Webhook(receiver.url, wait=0.01).send(ALERT)
     assert len(receiver.got) == 3
     headers, body = receiver.got[-1]
     assert json.loads(body) == ALERT
@@ -211,9 +215,9 @@ def test_a_webhook_is_signed_and_repeated_until_it_is_taken(receiver, monkeypatc
 def test_alerts_wait_for_a_channel_that_fails(receiver, tmp_path):
     write(tmp_path / "in.jsonl", news(400, surge_from=200))
     receiver.failures = 10**6
-    hook = monitor.Webhook(receiver.url, tries=1, wait=0)
-    watching = watch(tmp_path, [hook, monitor.Log(tmp_path / "alerts.jsonl")])
-    monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)
+    hook = channels.Webhook(receiver.url, tries=1, wait=0)
+    watching = watch(tmp_path, [hook, channels.Log(tmp_path / "alerts.jsonl")])
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
     assert "answered 500" in watching.problems[hook.name]
     assert "hidden" not in str(watching.problems)  # what stands after the question mark may be a secret
     told = (tmp_path / "alerts.jsonl").read_text().splitlines()
@@ -228,7 +232,7 @@ def test_alerts_wait_for_a_channel_that_fails(receiver, tmp_path):
 
 
 def test_a_log_ends_a_line_that_a_kill_cut_off(tmp_path):
-    log = monitor.Log(tmp_path / "alerts.jsonl")
+    log = channels.Log(tmp_path / "alerts.jsonl")
     log.send(ALERT)
     log.path.write_bytes(log.path.read_bytes() + b'{"id": "half')
     log.send(ALERT)
@@ -240,7 +244,7 @@ def test_a_log_ends_a_line_that_a_kill_cut_off(tmp_path):
 @pytest.mark.parametrize("word", ["ftp://example.org", "alerts.txt", "nonsense"])
 def test_an_unknown_channel_is_named(word):
     with pytest.raises(monitor.MonitorError, match="--alert"):
-        monitor.open_channel(word)
+        channels.open_channel(word)
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +253,11 @@ def trained(tmp_path_factory):
     table = sentiment.load()
     train, validation, _ = sentiment.halves(table, seed=0)
     train = train.head(500)
-    feeling = sentiment.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
+    feeling = multitask.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
     themes = [f"{theme} {i}" for i in range(20) for theme in ("quarterly profit and loss", "tanker and cargo ship")]
-    topic = sentiment.Task("topic", themes, np.tile([0, 1], 20), ["earn", "ship"])
-    learnt = sentiment.learn([feeling, topic], layers=3, epochs=2, max_length=32, learning_rate=5e-4, progress=False)
-    rating = sentiment.predict(*learnt, validation["text"].tolist())["sentiment"]
+    topic = multitask.Task("topic", themes, np.tile([0, 1], 20), ["earn", "ship"])
+    learnt = multitask.learn([feeling, topic], layers=3, epochs=2, max_length=32, learning_rate=5e-4, progress=False)
+    rating = multitask.predict(*learnt, validation["text"].tolist())["sentiment"]
     folder = tmp_path_factory.mktemp("models")
     reference = {"length": [10, 20, 30], "rating": rating[:3].tolist(), "topic": ["earn", "ship", "earn"]}
     negative = sentiment.calibrate(rating, validation["sentiment"] == 0)
@@ -264,12 +268,10 @@ def trained(tmp_path_factory):
 
 def test_the_scorer_reads_what_was_saved(trained):
     documents = [
-        stream.Document("1", "s", 0.0, "Acme Corp said it suffered a terrible loss and fired workers in a scandal."),
-        stream.Document("2", "s", 0.0, "Acme Corp won a wonderful award for its great and happy results."),
-        stream.Document("3", "s", 0.0, "The tanker and the cargo ship."),
-        stream.Document(
-            "4", "s", 0.0, "Acme Corp won a wonderful award. Beta Inc suffered a terrible loss and scandal."
-        ),
+        Document("1", "s", 0.0, "Acme Corp said it suffered a terrible loss and fired workers in a scandal."),
+        Document("2", "s", 0.0, "Acme Corp won a wonderful award for its great and happy results."),
+        Document("3", "s", 0.0, "The tanker and the cargo ship."),
+        Document("4", "s", 0.0, "Acme Corp won a wonderful award. Beta Inc suffered a terrible loss and scandal."),
     ]
     bad, good, ship, mixed = monitor.Scorer(trained)(documents)
     assert bad["negative"] > good["negative"] + 0.2
@@ -292,7 +294,7 @@ def test_the_threshold_goes_with_the_false_alarms_asked_for(trained, tmp_path):
         write(tmp_path / "in.jsonl", news(rows))
         with Journal(tmp_path / "journal.sqlite") as journal:
             watching = monitor.Monitor(scorer, journal, scorer.detector, [], 0.0)
-            monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)
+            monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
             states = [journal.state(f"topic: {topic}", None) for topic in monitor.seen(journal)["topic"]]
             assert len(states) == rows and {state["threshold"] for state in states} == {threshold}
             with journal.transaction():
@@ -362,7 +364,7 @@ def test_a_signal_ends_it_cleanly_and_it_goes_on(trained, tmp_path):
 def test_wandb_alerts_stay_offline_without_a_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    channel = monitor.Wandb()
+    channel = channels.Wandb()
     channel.send(ALERT)
     channel.run.finish()
     assert list(tmp_path.rglob("offline-run-*"))
@@ -371,9 +373,9 @@ def test_wandb_alerts_stay_offline_without_a_key(tmp_path, monkeypatch):
 def test_drift_and_judged_texts_come_from_the_journal(tmp_path):
     write(tmp_path / "in.jsonl", news(400, surge_from=200))
     watching = watch(tmp_path)
-    monitor.run(watching, [stream.Tail(tmp_path / "in.jsonl")], once=True)
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
     seen = monitor.seen(watching.journal)
-    same = surge.drift(seen[["length", "topic"]], seen[["length", "topic"]])
+    same = drift.drift(seen[["length", "topic"]], seen[["length", "topic"]])
     assert not same["drifted"].any()
     first = watching.journal.alerts().iloc[0]
     assert monitor.judged(watching.journal).empty

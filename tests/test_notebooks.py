@@ -11,9 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from llmprod import notebooks, paths, report, runner
+from llmprod import paths
+from llmprod.harness import notebooks, pipeline
 
-NAMES = list(report.pipeline())
+NAMES = list(pipeline.pipeline())
 SMOKE = paths.ROOT / "reports" / "smoke"
 PRIVATE = re.compile(
     r"/home/\w|/root/|\.venv/|/Users/\w|/tmp/\w|[A-Z]:\\\\|hf_[A-Za-z0-9]{20}|\b[0-9a-f]{40}\b"
@@ -39,12 +40,12 @@ def test_hygiene(name):
     assert not [c for c in code if c.outputs or c.execution_count], "outputs"
     assert len(tagged(notebook, "parameters")) == 1 and len(tagged(notebook, "setup")) == 1
     assert code[0] == tagged(notebook, "setup")[0] and code[1] == tagged(notebook, "parameters")[0]
-    assert report.colab(name) in notebook.cells[0].source
+    assert notebooks.colab(name) in notebook.cells[0].source
     assert not PRIVATE.search(re.sub(r"@[0-9a-f]{40}", "", json.dumps(notebook))), (
         "a path of someone's machine, or a key"
     )
     source = "\n".join(c.source for c in code)
-    assert f'track.start("{name}", globals())' in source and "report.record(" in code[-1].source
+    assert f'track.start("{name}", globals())' in source and "results.record(" in code[-1].source
     assert "# NBVAL_CHECK_OUTPUT" in source
     assert not re.search(r"\bif .*(smoke|profile)", source), "a notebook must not know its profile"
     prose = [c for c in notebook.cells if c.cell_type == "markdown"]
@@ -53,9 +54,9 @@ def test_hygiene(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_plain_and_used(name):
-    parameters = runner.declared(name)
+    parameters = pipeline.declared(name)
     assert "seed" in parameters
-    rest = "\n".join(runner.code_of(committed(name))[1:])
+    rest = "\n".join(pipeline.code_of(committed(name))[1:])
     assert not [p for p in parameters if not re.search(rf"\b{p}\b", rest)], "declared and never used"
 
 
@@ -82,13 +83,13 @@ def test_first_cell_is_generated_and_its_commit_holds_this_module(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_copy_is_of_today(name):
     executed = nbformat.read(SMOKE / f"{name}.ipynb", as_version=4)
-    assert runner.code_of(executed) == runner.code_of(committed(name)), "stale; run make smoke and commit"
+    assert pipeline.code_of(executed) == pipeline.code_of(committed(name)), "stale; run make smoke and commit"
     injected = tagged(executed, "injected-parameters")
-    overrides = runner.profile("smoke").get(name, {})
+    overrides = pipeline.profile("smoke").get(name, {})
     assert len(injected) == bool(overrides)
     for parameter, value in overrides.items():
         assert f"{parameter} = {value!r}" in injected[0].source
-    assert executed.metadata["llmprod"]["source"] == runner.source_hash(name)
+    assert executed.metadata["llmprod"]["source"] == pipeline.source_hash(name)
     assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
     errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
     assert not errors

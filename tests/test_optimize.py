@@ -8,7 +8,8 @@ import numpy as np
 import optuna
 import pytest
 
-from llmprod import models, optimize, sentiment
+from llmprod import models, optimize
+from llmprod.financial_sentiment import sentiment
 
 
 def bowl(trial: optuna.Trial) -> float:

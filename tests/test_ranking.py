@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from llmprod import ranking
+from llmprod.recommendation import ranking
 
 
 def test_metrics_by_hand():

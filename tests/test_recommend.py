@@ -4,17 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmprod import artifacts, data, models, ranking, recommend
+from llmprod import artifacts, data, models
+from llmprod.recommendation import catalogues, datasets, protocols, ranking, reranker, scorers, tower
 
 
 @pytest.fixture(scope="module")
 def catalogue():
-    return recommend.load()
+    return datasets.load()
 
 
 @pytest.fixture(scope="module")
 def small(catalogue):
-    return recommend.subset(catalogue, 200, seed=0)
+    return catalogues.subset(catalogue, 200, seed=0)
 
 
 def table(rows: str) -> pd.DataFrame:
@@ -42,7 +43,7 @@ def test_subset_keeps_who_took_what(catalogue, small):
 
     some = set(small.users["user"])
     assert pairs(small) == {(user, title) for user, title in pairs(catalogue) if user in some}
-    assert recommend.subset(catalogue, 0, seed=0) is catalogue
+    assert catalogues.subset(catalogue, 0, seed=0) is catalogue
 
     def said(c):
         return set(
@@ -57,18 +58,18 @@ def test_own_tables(tmp_path):
     (tmp_path / "taken.csv").write_text("user,item\nann,tea\nann,cup\nbob,tea\nann,tea\n")
     (tmp_path / "items.csv").write_text("item,text\ntea,Green tea\ncup,A cup\n")
     (tmp_path / "facts.csv").write_text("item,relation,entity\ncup,maker,Xu\ncup,maker,Xu\ntea,grower,Xu\n")
-    mine = recommend.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
+    mine = datasets.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
     assert mine.facts.to_numpy().tolist() == [[1, "maker", "Xu"], [0, "grower", "Xu"]]
-    assert not recommend.fact_vectors(mine).any(), "a maker is no grower, so that the two share nothing"
-    mine = recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+    assert not scorers.fact_vectors(mine).any(), "a maker is no grower, so that the two share nothing"
+    mine = datasets.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
     assert mine.shape == (2, 2) and len(mine.interactions) == 3, "a repeat counts once"
-    assert mine.facts.empty and not recommend.fact_vectors(mine).any()
+    assert mine.facts.empty and not scorers.fact_vectors(mine).any()
     listed = pd.DataFrame({"user": [1], "item": [1]})
-    assert recommend.reasons(mine.interactions, mine, listed).empty
+    assert reranker.reasons(mine.interactions, mine, listed).empty
     assert mine.items["title"].tolist() == ["Green tea", "A cup"]
-    with pytest.raises(recommend.RecommendError, match="needs a time"):
-        recommend.split(mine.interactions, "time")
-    assert len(recommend.split(mine.interactions, "within items")) == 2
+    with pytest.raises(catalogues.RecommendError, match="needs a time"):
+        protocols.split(mine.interactions, "time")
+    assert len(protocols.split(mine.interactions, "within items")) == 2
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_own_tables(tmp_path):
 def test_bad_tables_get_one_clear_error(tmp_path, taken, items, message):
     (tmp_path / "taken.csv").write_text(taken)
     (tmp_path / "items.csv").write_text(items)
-    with pytest.raises(recommend.RecommendError, match=message):
-        recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+    with pytest.raises(catalogues.RecommendError, match=message):
+        datasets.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
 
 
 def test_facts_of_unknown_items(tmp_path):
@@ -92,19 +93,19 @@ def test_facts_of_unknown_items(tmp_path):
     (tmp_path / "items.csv").write_text("item,text\nb,B\n")
     for facts, message in (("item,entity\nb,x\n", "no column relation"), ("item,relation,entity\nc,d,e\n", "'c'")):
         (tmp_path / "facts.csv").write_text(facts)
-        with pytest.raises(recommend.RecommendError, match=f"facts.csv: .*{message}"):
-            recommend.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
+        with pytest.raises(catalogues.RecommendError, match=f"facts.csv: .*{message}"):
+            datasets.load(*(str(tmp_path / f"{name}.csv") for name in ("taken", "items", "facts")))
 
 
 def test_other_bad_input(tmp_path):
-    with pytest.raises(recommend.RecommendError, match="holds no interactions"):
-        recommend.load("reuters-r8")
-    with pytest.raises(recommend.RecommendError, match="set items_file"):
-        recommend.load(str(tmp_path / "taken.csv"))
+    with pytest.raises(catalogues.RecommendError, match="holds no interactions"):
+        datasets.load("reuters-r8")
+    with pytest.raises(catalogues.RecommendError, match="set items_file"):
+        datasets.load(str(tmp_path / "taken.csv"))
     with pytest.raises(data.DataError, match="no such file"):
-        recommend.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
-    with pytest.raises(recommend.RecommendError, match="protocol is 'random'"):
-        recommend.split(table("0 0 1"), "random")
+        datasets.load(str(tmp_path / "taken.csv"), str(tmp_path / "items.csv"))
+    with pytest.raises(catalogues.RecommendError, match="protocol is 'random'"):
+        protocols.split(table("0 0 1"), "random")
 
 
 # Facts
@@ -124,7 +125,7 @@ def test_other_bad_input(tmp_path):
     ],
 )  # fmt: skip
 def test_names_of_a_film(title, names):
-    assert recommend.names(title) == names
+    assert datasets.names(title) == names
 
 
 def test_same_films_by_hand():
@@ -141,7 +142,7 @@ def test_same_films_by_hand():
                       "No year here", "Femme Nikita, La (Nikita) (1991)"],
         }
     )  # fmt: skip
-    found = recommend.same_films(items, movies)
+    found = datasets.same_films(items, movies)
     assert found.fillna(0).tolist() == [58, 7, 915, 0, 0, 1249], "another Hamlet is another film"
 
 
@@ -164,23 +165,23 @@ def test_graph_is_joined_to_the_right_films(catalogue):
     assert all(share(catalogue, *case) for case in known)
     assert not share(catalogue, "director", "Fargo", "Psycho") and not share(catalogue, "series", "Alien", "Jaws")
     assert catalogue.facts["item"].nunique() == 1318 and set(catalogue.facts["relation"]) == {
-        "series", *recommend.RELATIONS.values()
+        "series", *datasets.RELATIONS.values()
     }  # fmt: skip
-    believed = recommend.movielens(artifacts.fetch("movielens-100k"))
+    believed = datasets.movielens(artifacts.fetch("movielens-100k"))
     assert sum(share(believed, *case) for case in known) < 2
 
 
-def by_hand() -> recommend.Catalogue:
+def by_hand() -> catalogues.Catalogue:
     """Four items: 0 and 1 share a director, 1 and 2 an actor, nothing is known of 3; all share a language."""
     facts = [(0, "director", "d"), (1, "director", "d"), (1, "actor", "a"), (2, "actor", "a"), (2, "actor", "b"),
              *((item, "language", "l") for item in range(3))]  # fmt: skip
     items, users = pd.DataFrame({"item": range(4), "title": list("wxyz")}), pd.DataFrame({"user": [0]})
     taken = pd.DataFrame({"user": 0, "item": [0, 2], "rating": [5, 3], "time": [1, 2]})
-    return recommend.number(taken, items, users, pd.DataFrame(facts, columns=recommend.FACTS))
+    return catalogues.number(taken, items, users, pd.DataFrame(facts, columns=catalogues.FACTS))
 
 
 def test_fact_vectors_by_hand():
-    vectors = recommend.fact_vectors(by_hand())
+    vectors = scorers.fact_vectors(by_hand())
     rare, common = np.log(4 / 2), np.log(4 / 3)  # director and actor are of two items, the language of three
     rows = np.array([[rare, 0, common], [rare, rare, common], [0, rare, common]])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -189,11 +190,11 @@ def test_fact_vectors_by_hand():
     np.testing.assert_allclose(vectors[:3] @ vectors[:3].T, rows @ rows.T, atol=1e-5)
     assert vectors.shape == (4, 3) and not vectors[3].any(), "an actor whom no other item has is left out"
     assert vectors[0] @ vectors[2] < vectors[0] @ vectors[1] and vectors[0] @ vectors[2] < 0
-    scores = recommend.by_content(recommend.matrix(by_hand().interactions, (1, 4)), vectors)
+    scores = scorers.by_content(catalogues.matrix(by_hand().interactions, (1, 4)), vectors)
     np.testing.assert_allclose(scores[0, 1], (vectors[0] + vectors[2]) / np.linalg.norm(vectors[0] + vectors[2])
                                @ vectors[1], atol=1e-5)  # fmt: skip
     text = np.eye(4, 5)
-    both = recommend.combined(text, vectors, weight=3)
+    both = scorers.combined(text, vectors, weight=3)
     np.testing.assert_allclose(both @ both.T, text @ text.T + 3 * vectors @ vectors.T, atol=1e-5)
 
 
@@ -203,7 +204,7 @@ def test_ridge_is_the_minimum_that_it_claims():
     vectors, took = random.normal(size=(6, 3)), random.integers(0, 2, (4, 6))
     took[:, 5] = 0  # an item that nobody took
     pairs = pd.DataFrame(np.argwhere(took), columns=["user", "item"])
-    scores = recommend.by_ridge(recommend.matrix(pairs, took.shape), vectors, strength=2.0)
+    scores = scorers.by_ridge(catalogues.matrix(pairs, took.shape), vectors, strength=2.0)
     known, mean = vectors[:5], took[:, :5].mean(axis=1, keepdims=True)
     weights = np.linalg.solve(known.T @ known + 2 * np.eye(3), known.T @ (took[:, :5] - mean).T)
     np.testing.assert_allclose(scores, (vectors @ weights).T + mean, atol=1e-6)
@@ -213,49 +214,49 @@ def test_reasons_are_true_and_a_false_one_is_found():
     mine = by_hand()
     mine.items = pd.concat([mine.items] * 20, ignore_index=True)  # so that two of them share rare facts
     listed = pd.DataFrame({"user": 0, "item": [3, 1]})
-    claims = recommend.reasons(mine.interactions, mine, listed)
+    claims = reranker.reasons(mine.interactions, mine, listed)
     assert claims.to_numpy().tolist() == [[0, 1, "director", "d", 0, 5]], "item 2 was not liked, of 3 nothing is known"
-    assert recommend.hold(claims, mine.interactions, mine).all()
+    assert reranker.hold(claims, mine.interactions, mine).all()
     for false in ({"relation": "actor"}, {"item": 3}, {"past": 2}, {"entity": "a"}, {"rating": 4}, {"user": 1}):
-        assert not recommend.hold(claims.assign(**false), mine.interactions, mine).any(), false
+        assert not reranker.hold(claims.assign(**false), mine.interactions, mine).any(), false
     unrated = mine.interactions.assign(rating=np.nan)
-    claims = recommend.reasons(unrated, mine, listed)
-    assert claims["past"].tolist() == [0] and recommend.hold(claims, unrated, mine).all()
+    claims = reranker.reasons(unrated, mine, listed)
+    assert claims["past"].tolist() == [0] and reranker.hold(claims, unrated, mine).all()
 
 
 # Protocols
 
 
 def test_by_time_no_test_lies_before_training():
-    train, test = recommend.split(table("0 0 1\n0 1 2\n1 0 3\n1 1 4"), "time")
+    train, test = protocols.split(table("0 0 1\n0 1 2\n1 0 3\n1 1 4"), "time")
     assert train["time"].tolist() == [1, 2, 3] and test["time"].tolist() == [4]
 
 
 def test_last_out_takes_each_users_last_and_leaves_a_past():
-    train, test = recommend.split(table("0 0 5\n0 1 9\n0 2 7\n1 3 1\n2 1 4\n2 0 3"), "last")
+    train, test = protocols.split(table("0 0 5\n0 1 9\n0 2 7\n1 3 1\n2 1 4\n2 0 3"), "last")
     assert test[["user", "item"]].values.tolist() == [[0, 1], [2, 1]], "user 1 took one item, which stays"
     assert len(train) == 4
 
 
 def test_within_items_keeps_three_quarters_of_each_item():
     rows = "\n".join(f"{user} {item} 0" for item, users in enumerate((4, 8, 1)) for user in range(users))
-    train, test = recommend.split(table(rows), "within items", seed=0)
+    train, test = protocols.split(table(rows), "within items", seed=0)
     assert train["item"].value_counts().to_dict() == {1: 6, 0: 3}
     assert test["item"].value_counts().to_dict() == {1: 2, 0: 1, 2: 1}, "the last of one lies past three quarters"
-    again = recommend.split(table(rows), "within items", seed=9)[0]
+    again = protocols.split(table(rows), "within items", seed=9)[0]
     pd.testing.assert_frame_equal(train, again)  # the benchmark's seed, whatever ours is
 
 
 def test_cold_items_are_never_seen(catalogue):
-    train, test = recommend.split(catalogue.interactions, "cold", seed=3)
+    train, test = protocols.split(catalogue.interactions, "cold", seed=3)
     assert not set(train["item"]) & set(test["item"])
     assert test["item"].nunique() == round(0.2 * 1682) and len(train) + len(test) == 100_000
 
 
 @pytest.mark.parametrize("protocol", ["time", "within items"])
 def test_folds_hold_out_what_their_first_stage_does_not_see(small, protocol):
-    train, _ = recommend.split(small.interactions, protocol)
-    for before, after in recommend.out_of_fold(train, protocol, 3, seed=0):
+    train, _ = protocols.split(small.interactions, protocol)
+    for before, after in protocols.out_of_fold(train, protocol, 3, seed=0):
         assert len(before) and len(after) and not set(before.index) & set(after.index)
         assert set(before.index) | set(after.index) <= set(train.index)
         if protocol == "time":
@@ -267,9 +268,9 @@ def test_folds_hold_out_what_their_first_stage_does_not_see(small, protocol):
 
 def test_ease_is_the_minimum_that_it_claims(small):
     """No small change of the weights that keeps the diagonal at zero lowers ‖X - XB‖² + λ‖B‖²."""
-    taken = recommend.matrix(small.interactions, small.shape)
+    taken = catalogues.matrix(small.interactions, small.shape)
     taken = taken[:, np.argsort(-np.asarray(taken.sum(axis=0)).ravel())[:40]]
-    weights, strength, rows = recommend.ease(taken), 400 * taken.nnz / 75_000, taken.toarray()
+    weights, strength, rows = scorers.ease(taken), 400 * taken.nnz / 75_000, taken.toarray()
     assert np.allclose(np.diag(weights), 0)
 
     def objective(candidate):
@@ -284,10 +285,10 @@ def test_ease_is_the_minimum_that_it_claims(small):
 
 def test_ease_on_the_benchmark_split(catalogue):
     """What others can check: nDCG@10 and precision@10 of EASE by the recommenders protocol."""
-    train, test = recommend.split(catalogue.interactions, "within items")
-    taken = recommend.matrix(train, catalogue.shape)
-    lists = ranking.top(taken @ recommend.ease(taken), 10, taken)
-    found = ranking.per_user(lists, recommend.matrix(test, catalogue.shape)).mean()
+    train, test = protocols.split(catalogue.interactions, "within items")
+    taken = catalogues.matrix(train, catalogue.shape)
+    lists = ranking.top(taken @ scorers.ease(taken), 10, taken)
+    found = ranking.per_user(lists, catalogues.matrix(test, catalogue.shape)).mean()
     assert found["nDCG"] == pytest.approx(0.4858, abs=0.0005) and found["precision"] == pytest.approx(
         0.4238, abs=0.0005
     )
@@ -295,24 +296,24 @@ def test_ease_on_the_benchmark_split(catalogue):
 
 def test_recent_popularity_is_that_of_the_users_days():
     rows = [f"{user} 0 {user * 86400}" for user in range(5)] + [f"{user} 1 {user * 86400}" for user in range(200, 205)]
-    found = recommend.recent(table("\n".join(rows)), (300, 2))
+    found = scorers.recent(table("\n".join(rows)), (300, 2))
     assert found[0, 0] > 10 * found[0, 1] and found[202, 1] > 10 * found[202, 0]
     np.testing.assert_allclose(found[299], found[204], rtol=1e-6)  # a new user: the end of training
 
 
 def test_learned_ranking_beats_chance_and_repeats(small):
-    train, test = recommend.split(small.interactions, "within items")
-    taken, relevant = recommend.matrix(train, small.shape), recommend.matrix(test, small.shape)
+    train, test = protocols.split(small.interactions, "within items")
+    taken, relevant = catalogues.matrix(train, small.shape), catalogues.matrix(test, small.shape)
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(small.shape[1], 16)))[0]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def rank():
-        contents = {"text": vectors, "graph": recommend.fact_vectors(small)}
-        taught = recommend.examples(train, small, contents, "within items", 2, 40, seed=0)
-        scores = recommend.first_stage(train, small, contents, seed=0)
-        known, chosen = recommend.features(train, small, scores), recommend.retrieve(scores, taken, 40)
-        ranker = recommend.teach(taught, list(known), seed=0)
-        return recommend.spread(ranker.scores(known, chosen), chosen, small.shape), ranker
+        contents = {"text": vectors, "graph": scorers.fact_vectors(small)}
+        taught = reranker.examples(train, small, contents, "within items", 2, 40, seed=0)
+        scores = scorers.first_stage(train, small, contents, seed=0)
+        known, chosen = reranker.features(train, small, scores), reranker.retrieve(scores, taken, 40)
+        ranker = reranker.teach(taught, list(known), seed=0)
+        return reranker.spread(ranker.scores(known, chosen), chosen, small.shape), ranker
 
     (ranked, ranker), (again, _) = rank(), rank()
     np.testing.assert_array_equal(ranked, again)
@@ -323,25 +324,25 @@ def test_learned_ranking_beats_chance_and_repeats(small):
     assert learnt > 3 * random
     assert ranker.importance().sum() == pytest.approx(1)
     assert {"text", "text neighbours", "graph", "graph neighbours"} <= set(ranker.names)
-    assert not [n for n in recommend.without(ranker.names, ("graph",)) if "graph" in n]
+    assert not [n for n in reranker.without(ranker.names, ("graph",)) if "graph" in n]
 
 
 def test_features_do_not_depend_on_the_size_of_scores():
     candidates = np.array([[0, 1, 2]])
-    one = recommend.stack({"EASE": np.array([[1.0, 2.0, 4.0]])}, candidates)
-    np.testing.assert_allclose(one, recommend.stack({"EASE": np.array([[11.0, 21.0, 41.0]])}, candidates), atol=1e-5)
+    one = reranker.stack({"EASE": np.array([[1.0, 2.0, 4.0]])}, candidates)
+    np.testing.assert_allclose(one, reranker.stack({"EASE": np.array([[11.0, 21.0, 41.0]])}, candidates), atol=1e-5)
 
 
 def test_tower_learns_from_who_took_what(small):
     """After a few steps, texts of items that the same people take lie nearer than before, and the loss has fallen."""
     texts = small.items["text"].tolist()
-    train, test = recommend.split(small.interactions, "cold", seed=0)
-    taken, relevant = (recommend.matrix(part, small.shape) for part in (train, test))
-    encoder, tokenizer, losses = recommend.learn_tower(texts, taken, steps=12, items=64, max_length=16, progress=False)
+    train, test = protocols.split(small.interactions, "cold", seed=0)
+    taken, relevant = (catalogues.matrix(part, small.shape) for part in (train, test))
+    encoder, tokenizer, losses = tower.learn_tower(texts, taken, steps=12, items=64, max_length=16, progress=False)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    before = recommend.centred(models.embed("minilm", texts, 16))
-    after = recommend.centred(recommend.encode(encoder, tokenizer, texts))
-    scores = recommend.cold_start(train, small, {"before": before, "after": after}, seed=0)
+    before = scorers.centred(models.embed("minilm", texts, 16))
+    after = scorers.centred(tower.encode(encoder, tokenizer, texts))
+    scores = scorers.cold_start(train, small, {"before": before, "after": after}, seed=0)
     cold = np.setdiff1d(test["item"], train["item"])
     nDCG = {
         name: ranking.per_user(cold[ranking.top(values[:, cold], 10)], relevant)["nDCG"].mean()
@@ -352,15 +353,15 @@ def test_tower_learns_from_who_took_what(small):
 
 def test_facts_help_items_that_nobody_took(catalogue):
     """Facts beside titles rank cold items better than titles alone, and facts of other films don't."""
-    train, test = recommend.split(catalogue.interactions, "cold", seed=0)
-    relevant, cold = recommend.matrix(test, catalogue.shape), np.setdiff1d(test["item"], train["item"])
-    titles = recommend.centred(models.embed("minilm", catalogue.items["title"].tolist(), 16))
-    facts = recommend.fact_vectors(catalogue)
+    train, test = protocols.split(catalogue.interactions, "cold", seed=0)
+    relevant, cold = catalogues.matrix(test, catalogue.shape), np.setdiff1d(test["item"], train["item"])
+    titles = scorers.centred(models.embed("minilm", catalogue.items["title"].tolist(), 16))
+    facts = scorers.fact_vectors(catalogue)
     known, shuffled = np.flatnonzero(facts.any(axis=1)), facts.copy()
     shuffled[known] = facts[np.random.default_rng(0).permutation(known)]
-    contents = {"titles": titles, "facts": recommend.combined(titles, facts)}
-    contents["shuffled"] = recommend.combined(titles, shuffled)
-    scores = recommend.cold_start(train, catalogue, contents, seed=0)
+    contents = {"titles": titles, "facts": scorers.combined(titles, facts)}
+    contents["shuffled"] = scorers.combined(titles, shuffled)
+    scores = scorers.cold_start(train, catalogue, contents, seed=0)
     nDCG = {
         name: ranking.per_user(cold[ranking.top(values[:, cold], 10)], relevant)["nDCG"].mean()
         for name, values in scores.items()
@@ -372,7 +373,7 @@ def test_facts_help_items_that_nobody_took(catalogue):
 
 @pytest.mark.parametrize("steps", [1, 10])
 def test_tower_takes_any_number_of_steps(small, steps):
-    taken = recommend.matrix(small.interactions, small.shape)
+    taken = catalogues.matrix(small.interactions, small.shape)
     texts = small.items["text"].tolist()
-    losses = recommend.learn_tower(texts, taken, steps=steps, items=16, max_length=8, progress=False)[2]
+    losses = tower.learn_tower(texts, taken, steps=steps, items=16, max_length=8, progress=False)[2]
     assert len(losses) == steps and np.isfinite(losses).all()

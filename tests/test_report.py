@@ -9,7 +9,9 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from llmprod import data, evaluate, paths, report
+from llmprod import LLMProdError, data, files, paths
+from llmprod.evaluate import metrics
+from llmprod.harness import pipeline, report, results
 
 PROTOCOL = {"dataset": "d", "epochs": 2, "01_data": {"rows": 10}}
 
@@ -30,20 +32,20 @@ def result(value: float, n: int | None = 1000, seed: int = 0, **protocol) -> dic
 
 def expected(*values: float, n: int | None = 1000) -> dict:
     """A reference over seeds with one metric."""
-    return {"03_evaluate": report.summarise([result(v, n, seed) for seed, v in enumerate(values)])}
+    return {"03_evaluate": results.summarise([result(v, n, seed) for seed, v in enumerate(values)])}
 
 
 def verdict(mine: dict | None, reference: dict) -> tuple[str, str]:
-    table = report.verdict({"03_evaluate": mine} if mine else {}, reference, ["03_evaluate"])
+    table = results.verdict({"03_evaluate": mine} if mine else {}, reference, ["03_evaluate"])
     return table["verdict"][0], table["reason"][0]
 
 
 def test_tolerance_by_hand():
-    metric = report.summarise([result(v) for v in (0.96, 0.97, 0.98)])["metrics"]["accuracy"]
+    metric = results.summarise([result(v) for v in (0.96, 0.97, 0.98)])["metrics"]["accuracy"]
     assert metric["mean"] == pytest.approx(0.97) and metric["sd"] == pytest.approx(0.01) and metric["runs"] == 3
-    assert report.tolerance(metric) == pytest.approx(3 * 0.01 * math.sqrt(4 / 3))
-    assert report.tolerance({"sd": 0.0, "runs": 5, "n": 2189}) == pytest.approx(1 / 2189)
-    assert report.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
+    assert results.tolerance(metric) == pytest.approx(3 * 0.01 * math.sqrt(4 / 3))
+    assert results.tolerance({"sd": 0.0, "runs": 5, "n": 2189}) == pytest.approx(1 / 2189)
+    assert results.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
 
 
 @pytest.mark.parametrize(
@@ -78,22 +80,22 @@ def test_missing():
 
 
 def test_reference_over_different_protocols_is_refused():
-    with pytest.raises(report.ReportError, match="epochs: 9, reference 2"):
-        report.summarise([result(0.9), result(0.9, epochs=9)])
+    with pytest.raises(results.ReportError, match="epochs: 9, reference 2"):
+        results.summarise([result(0.9), result(0.9, epochs=9)])
 
 
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/03_evaluate.json").write_text('{"cut')
-    with pytest.raises(report.ReportError, match=r"03_evaluate\.json can't be read.*Delete it"):
-        report.results(tmp_path)
+    with pytest.raises(LLMProdError, match=r"03_evaluate\.json can't be read.*Delete it"):
+        results.results(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    report.write_json(tmp_path / "a.json", {"fine": 1})
+    files.write_json(tmp_path / "a.json", {"fine": 1})
     with pytest.raises(TypeError):
-        report.write_json(tmp_path / "a.json", {"not": object()})
-    assert report.read_json(tmp_path / "a.json") == {"fine": 1}
+        files.write_json(tmp_path / "a.json", {"not": object()})
+    assert files.read_json(tmp_path / "a.json") == {"fine": 1}
 
 
 # The verdict notices what is broken: real texts, a real classifier, three ways to go wrong
@@ -119,17 +121,17 @@ def classify(table, seed: int, shuffled=False, wrong_split=False, off_by_one=Fal
     predictions, y = model.predict(words.transform(test["text"])), test["label"].to_numpy()
     if off_by_one:
         predictions = np.roll(predictions, 1)
-    scores = {"accuracy": evaluate.accuracy(y, predictions), "macro_f1": evaluate.macro_f1(y, predictions)}
+    scores = {"accuracy": metrics.accuracy(y, predictions), "macro_f1": metrics.macro_f1(y, predictions)}
     made = result(0, seed=seed)
     made["metrics"] = {name: {"value": value, "n": 500} for name, value in scores.items()}
     return made
 
 
 def test_what_is_broken_on_purpose_drifts(texts):
-    reference = {"03_evaluate": report.summarise([classify(texts, seed) for seed in range(1, 6)])}
+    reference = {"03_evaluate": results.summarise([classify(texts, seed) for seed in range(1, 6)])}
 
     def verdicts(**how):
-        return set(report.verdict({"03_evaluate": classify(texts, 0, **how)}, reference, ["03_evaluate"])["verdict"])
+        return set(results.verdict({"03_evaluate": classify(texts, 0, **how)}, reference, ["03_evaluate"])["verdict"])
 
     assert verdicts() == {"REPRODUCED"}
     assert verdicts(shuffled=True) == {"DRIFTED"}
@@ -141,13 +143,13 @@ def test_what_is_broken_on_purpose_drifts(texts):
 
 
 def reference_metrics():
-    reference = report.reference("cpu")
+    reference = results.reference("cpu")
     return [(notebook, name) for notebook, item in reference.items() for name in item["metrics"]]
 
 
 def test_reference_covers_the_pipeline_over_seeds():
-    reference = report.reference("cpu")
-    assert list(reference) == list(report.pipeline())
+    reference = results.reference("cpu")
+    assert list(reference) == list(pipeline.pipeline())
     for notebook, item in reference.items():
         assert item["machine"] and item["minutes"] > 0, notebook
         assert all(metric["runs"] >= 3 for metric in item["metrics"].values()), notebook
@@ -156,16 +158,16 @@ def test_reference_covers_the_pipeline_over_seeds():
 @pytest.mark.parametrize(("notebook", "name"), reference_metrics())
 def test_nonsense_drifts_from_every_reference(notebook, name):
     """Zero, where a score is right when it is high; twice the mean and one for the rest, which may be near zero."""
-    item = report.reference("cpu")[notebook]
+    item = results.reference("cpu")[notebook]
     high = re.search("accuracy|F1|AUROC|nDCG|precision@k", name)
     value = 0.0 if high else 2 * item["metrics"][name]["mean"] + 1
     nonsense = {"metrics": {name: {"value": value}}, "protocol": item["protocol"]}
-    assert report.judge(nonsense, item, item["metrics"][name], value)["verdict"] == "DRIFTED"
+    assert results.judge(nonsense, item, item["metrics"][name], value)["verdict"] == "DRIFTED"
 
 
 def test_majority_class_drifts_from_every_reference(texts):
     """Always the largest class, scored by the metrics of 03_evaluate on the real test split."""
-    item = report.reference("cpu")["03_evaluate"]
+    item = results.reference("cpu")["03_evaluate"]
     test = texts[texts["split"] == "test"]
     names, y = np.unique(test["label"], return_inverse=True)
     largest = np.bincount(y).argmax()
@@ -173,15 +175,15 @@ def test_majority_class_drifts_from_every_reference(texts):
     certain = np.full((len(y), len(names)), 1e-9)
     certain[:, largest] = 1
     values = {
-        "accuracy": evaluate.accuracy(y, predictions),
-        "macro-F1": evaluate.macro_f1(y, predictions),
+        "accuracy": metrics.accuracy(y, predictions),
+        "macro-F1": metrics.macro_f1(y, predictions),
         "log loss, nats": float(-np.log(certain[np.arange(len(y)), y]).mean()),
-        "calibration error": evaluate.expected_calibration_error(y, certain),
+        "calibration error": metrics.expected_calibration_error(y, certain),
     }
     scored = {name: values[score] for name in item["metrics"] for score in values if name.endswith(score)}
     assert set(values) < set(scored), "all of them, and those of the baselines"
     for name, value in scored.items():
-        judged = report.judge({"metrics": {}, "protocol": item["protocol"]}, item, item["metrics"][name], value)
+        judged = results.judge({"metrics": {}, "protocol": item["protocol"]}, item, item["metrics"][name], value)
         assert judged["verdict"] == "DRIFTED", name
 
 
@@ -192,10 +194,10 @@ def test_report_pages_of_a_run(smoke_run):
     report.build(smoke_run)
     page = (smoke_run / "README.md").read_text()
     assert "**Verdict: " in page and page.count("NOT COMPARABLE") > 5, "smoke has another protocol than the reference"
-    for notebook in report.pipeline():
+    for notebook in pipeline.pipeline():
         assert f"[{notebook}]({notebook}.ipynb)" in page
     html = (smoke_run / "index.html").read_text()
-    assert html.count("<table>") == 1 + len(report.pipeline()), "the verdict's, and each notebook's speeds"
+    assert html.count("<table>") == 1 + len(pipeline.pipeline()), "the verdict's, and each notebook's speeds"
     for line in html.splitlines():
         if 'src="' in line:
             assert (smoke_run / line.split('src="')[1].split('"')[0]).exists()
@@ -212,7 +214,7 @@ def test_generated_parts_of_the_readme_were_not_edited(name, language):
 
 
 def test_published_figures_stand_beside_ours():
-    table = report.verdict({}, report.reference("cpu"), ["03_evaluate"]).set_index("metric")["published"]
+    table = results.verdict({}, results.reference("cpu"), ["03_evaluate"]).set_index("metric")["published"]
     assert table["accuracy"] == "0.978 (BERT-base)" and table["TF-IDF accuracy"] == "0.937 (TF-IDF + LR)"
     assert "BERT-base" in (paths.ROOT / "README.md").read_text()
 

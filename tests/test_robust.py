@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprod import robust
+from llmprod.evaluate import robust
 
 TEXT = "The company said its net profit will rise in the fourth quarter, because oil prices rose"
 

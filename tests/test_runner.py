@@ -11,7 +11,8 @@ import time
 import nbformat
 import pytest
 
-from llmprod import artifacts, paths, report, runner
+from llmprod import artifacts, files, paths
+from llmprod.harness import pipeline, results, runner
 
 from .conftest import llmprod
 
@@ -20,9 +21,9 @@ PROFILES = sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_override_names_a_declared_parameter_of_its_type(profile):
-    for notebook, overrides in runner.profile(profile).items():
+    for notebook, overrides in pipeline.profile(profile).items():
         for name, value in overrides.items():
-            default = runner.declared(notebook)[name]
+            default = pipeline.declared(notebook)[name]
             assert type(value) is type(default), f"{profile}: {notebook}.{name}"
             assert value != default, f"{profile}: {notebook}.{name} overrides nothing"
 
@@ -30,27 +31,27 @@ def test_every_override_names_a_declared_parameter_of_its_type(profile):
 def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "smoke.yaml").write_text("02_finetune: {epoch: 1}")
     monkeypatch.setattr(paths, "PROFILES", tmp_path)
-    with pytest.raises(runner.RunError, match="02_finetune has no parameter epoch"):
-        runner.profile("smoke")
+    with pytest.raises(pipeline.RunError, match="02_finetune has no parameter epoch"):
+        pipeline.profile("smoke")
 
 
 def test_unknown_profile_and_notebook_say_what_there_is():
-    with pytest.raises(runner.RunError, match="cpu, gpu, smoke"):
-        runner.profile("tpu")
-    with pytest.raises(runner.RunError, match="02_finetune"):
-        runner.read("02_fine_tune")
+    with pytest.raises(pipeline.RunError, match="cpu, gpu, smoke"):
+        pipeline.profile("tpu")
+    with pytest.raises(pipeline.RunError, match="02_finetune"):
+        pipeline.read("02_fine_tune")
 
 
 def test_parameters_from_the_command_line():
-    assert runner.parse_parameters("epochs=2 seed=1") == {"epochs": 2, "seed": 1}
-    assert runner.parse_parameters("dataset='my file.csv' learning_rate=1.0e-4") == {
+    assert pipeline.parse_parameters("epochs=2 seed=1") == {"epochs": 2, "seed": 1}
+    assert pipeline.parse_parameters("dataset='my file.csv' learning_rate=1.0e-4") == {
         "dataset": "my file.csv",
         "learning_rate": 1e-4,
     }
-    with pytest.raises(runner.RunError, match="epochs"):
-        runner.parse_parameters("epoch=2")
-    with pytest.raises(runner.RunError, match="name=value"):
-        runner.parse_parameters("epochs")
+    with pytest.raises(pipeline.RunError, match="epochs"):
+        pipeline.parse_parameters("epoch=2")
+    with pytest.raises(pipeline.RunError, match="name=value"):
+        pipeline.parse_parameters("epochs")
 
 
 def test_a_run_with_parameters_has_a_folder_of_its_own():
@@ -65,21 +66,21 @@ def test_a_run_with_parameters_has_a_folder_of_its_own():
 
 def stale(folder) -> set[str]:
     """Which notebooks of the smoke run would run again."""
-    injected = runner.settings("smoke", {})
-    return {name for name in report.pipeline() if not runner.is_fresh(name, injected, folder)}
+    injected = pipeline.settings("smoke", {})
+    return {name for name in pipeline.pipeline() if not runner.is_fresh(name, injected, folder)}
 
 
 def test_nothing_changed_nothing_runs(smoke_run):
     assert not stale(smoke_run)
     started = time.time()
-    assert not runner.run(list(report.pipeline()), "smoke", {}, smoke_run)
+    assert not runner.run(list(pipeline.pipeline()), "smoke", {}, smoke_run)
     assert time.time() - started < 10
 
 
 def test_a_changed_profile_reruns_what_depends_on_it(smoke_run, monkeypatch):
-    before = runner.profile
+    before = pipeline.profile
     changed = {"03_evaluate": {"resamples": 50}}
-    monkeypatch.setattr(runner, "profile", lambda name: before(name) | changed)
+    monkeypatch.setattr(pipeline, "profile", lambda name: before(name) | changed)
     assert stale(smoke_run) == {"03_evaluate"}
 
 
@@ -104,7 +105,13 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
 
 @pytest.mark.parametrize(
     ("module", "reruns"),
-    [("robust", {"03_evaluate"}), ("models", {*report.pipeline()}), ("notebooks", set())],
+    [
+        ("evaluate/robust", {"03_evaluate"}),
+        ("recommendation/scorers", {"13_recommendation"}),
+        ("models", {*pipeline.pipeline()}),
+        ("harness/report", set()),
+        ("harness/notebooks", set()),
+    ],
 )
 def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_path, module, reruns):
     shutil.copytree(paths.PACKAGE, tmp_path / "llmprod")
@@ -119,20 +126,20 @@ def test_a_changed_artifact_reruns_what_reads_it(smoke_run, monkeypatch):
     entry = json.loads(json.dumps(artifacts.registry()))
     entry["reuters-r8"]["files"]["reuters-r8-test.tab"]["sha256"] = "0" * 64
     monkeypatch.setattr(artifacts, "registry", lambda: entry)
-    assert stale(smoke_run) == {*report.pipeline()} - {"13_recommendation"}, "which reads no labelled texts"
+    assert stale(smoke_run) == {*pipeline.pipeline()} - {"13_recommendation"}, "which reads no labelled texts"
     monkeypatch.undo()
     entry["reuters-r52"]["files"]["reuters-r52-test.tab"]["sha256"] = "0" * 64
     assert not stale(smoke_run)
 
 
 def test_provenance_stamp(smoke_run):
-    for name in report.pipeline():
+    for name in pipeline.pipeline():
         stamp = nbformat.read(smoke_run / f"{name}.ipynb", as_version=4).metadata["llmprod"]
-        assert stamp["source"] == runner.source_hash(name)
-        assert stamp["parameters"] == runner.profile("smoke").get(name, {})
+        assert stamp["source"] == pipeline.source_hash(name)
+        assert stamp["parameters"] == pipeline.profile("smoke").get(name, {})
         assert stamp["device"].startswith(("cpu, ", "cuda, ")) and stamp["peak memory, MB"] > 100
         assert stamp["versions"]["torch"] and stamp["machine"] and stamp["minutes"] > 0 and stamp["commit"]
-        assert report.results(smoke_run)[name]["speeds"]["peak memory, MB"] > 100
+        assert results.results(smoke_run)[name]["speeds"]["peak memory, MB"] > 100
 
 
 # Failures
@@ -172,14 +179,14 @@ def test_a_failed_notebook_keeps_its_traceback_and_no_older_result(own_notebooks
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[4].source += "\nseed / 0"
     nbformat.write(notebook, path)
-    report.write_json(tmp_path / "run/results/01_data.json", {"of": "an earlier state"})
-    with pytest.raises(runner.RunError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
+    files.write_json(tmp_path / "run/results/01_data.json", {"of": "an earlier state"})
+    with pytest.raises(pipeline.RunError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
         runner.run(["01_data"], "smoke", {}, tmp_path / "run")
     executed = nbformat.read(tmp_path / "run/01_data.ipynb", as_version=4)
     errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
     assert errors and errors[0].ename == "ZeroDivisionError"
     assert not (tmp_path / "run/results/01_data.json").exists(), "a verdict on it would be a verdict on the past"
-    assert not runner.is_fresh("01_data", runner.settings("smoke", {}), tmp_path / "run")
+    assert not runner.is_fresh("01_data", pipeline.settings("smoke", {}), tmp_path / "run")
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
@@ -207,7 +214,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
     again = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("nothing has changed") == 4, "01, 04, 12 and 13 were finished"
-    assert report.results(folder)["03_evaluate"]["metrics"] == report.results(smoke_run)["03_evaluate"]["metrics"]
+    assert results.results(folder)["03_evaluate"]["metrics"] == results.results(smoke_run)["03_evaluate"]["metrics"]
 
 
 def test_the_command_line_shows_messages_not_tracebacks(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprod import data, models, sentiment
+from llmprod import data, models
+from llmprod.financial_sentiment import multitask, sentiment, weak_labels
 
 GOOD = "A splendid result, and the best year of the company."
 BAD = "A terrible failure that ruined the firm and its workers."
@@ -20,7 +21,7 @@ def test_ratings_give_the_published_figures():
     assert person["r"] == pytest.approx(0.745, abs=0.002)
     assert person["F1"] == pytest.approx(0.65, abs=0.005)
     assert person["r, left out of the mean"] == pytest.approx(0.714, abs=0.001)
-    score = sentiment.vader(table["text"])
+    score = weak_labels.vader(table["text"])
     found = sentiment.scores(table, score, sentiment.to_class(score))
     assert found["r"] == pytest.approx(0.492, abs=0.015)  # the lexicon grew since
     assert found["weighted F1"] == pytest.approx(0.55, abs=0.005)
@@ -63,7 +64,7 @@ def test_classes_follow_the_order_of_ratings(ratings, low, high):
 
 
 def test_lexicons_tell_good_from_bad():
-    for lexicon in (sentiment.vader, sentiment.loughran_mcdonald):
+    for lexicon in (weak_labels.vader, weak_labels.loughran_mcdonald):
         good, bad, plain = lexicon([GOOD, BAD, PLAIN])
         assert good > 0 > bad
         assert plain == 0
@@ -76,12 +77,12 @@ def test_lines_on_earnings():
         "th qtr net shr cts vs cts net vs": 0,
         "champion products approves stock split": -1,
     }
-    assert sentiment.reported(list(told)).tolist() == list(told.values())
-    assert sentiment.earnings("Operating loss narrowed to 3 mln") == 2
-    assert sentiment.earnings("Net sales fell by a tenth") == 0
-    assert sentiment.earnings("Costs rose") == 0
-    assert sentiment.earnings("Profit rose") == 2
-    assert sentiment.earnings("The board met") == sentiment.NO_VOTE
+    assert weak_labels.reported(list(told)).tolist() == list(told.values())
+    assert weak_labels.earnings("Operating loss narrowed to 3 mln") == 2
+    assert weak_labels.earnings("Net sales fell by a tenth") == 0
+    assert weak_labels.earnings("Costs rose") == 0
+    assert weak_labels.earnings("Profit rose") == 2
+    assert weak_labels.earnings("The board met") == weak_labels.NO_VOTE
 
 
 def test_votes_combined_are_beliefs_that_follow_agreement():
@@ -91,18 +92,18 @@ def test_votes_combined_are_beliefs_that_follow_agreement():
     voted = pd.DataFrame(
         {n: np.where(random.random(600) < right, truth, random.integers(0, 3, 600)) for n, right in names.items()}
     )
-    voted[random.random(voted.shape) < 0.2] = sentiment.NO_VOTE
-    beliefs = sentiment.combine(voted)
+    voted[random.random(voted.shape) < 0.2] = weak_labels.NO_VOTE
+    beliefs = weak_labels.combine(voted)
     assert beliefs.shape == (600, 3)
     np.testing.assert_allclose(beliefs.sum(axis=1), 1)
-    asked = voted["poor"] != sentiment.NO_VOTE
+    asked = voted["poor"] != weak_labels.NO_VOTE
     assert (beliefs.argmax(axis=1) == truth).mean() > 0.85
     assert (beliefs.argmax(axis=1) == truth)[asked].mean() > (voted["poor"] == truth)[asked].mean() + 0.2
 
 
 def test_a_text_without_votes_gets_the_mean_belief():
     voted = pd.DataFrame({"one": [0, 2, -1, 0], "other": [0, 2, -1, 0]})
-    beliefs = sentiment.combine(voted)
+    beliefs = weak_labels.combine(voted)
     np.testing.assert_allclose(beliefs[2], beliefs[[0, 1, 3]].mean(axis=0), atol=1e-6)
 
 
@@ -110,11 +111,11 @@ def test_a_text_without_votes_gets_the_mean_belief():
 def learnt():
     """A number and a topic, learnt together from a few texts by two layers of the encoder."""
     texts = [f"{text} Item {i}." for i in range(12) for text in (GOOD, BAD)]
-    feeling = sentiment.Task("sentiment", texts, np.tile([2.0, -2.0], 12))
+    feeling = multitask.Task("sentiment", texts, np.tile([2.0, -2.0], 12))
     themes = [f"{theme} number {i}" for i in range(12) for theme in ("wheat and corn harvest", "bank interest rates")]
-    topic = sentiment.Task("topic", themes, np.tile([0, 1], 12), ["grain", "interest"])
+    topic = multitask.Task("topic", themes, np.tile([0, 1], 12), ["grain", "interest"])
     losses = []
-    model = sentiment.learn(
+    model = multitask.learn(
         [feeling, topic], layers=2, epochs=6, max_length=16, batch_tokens=128, learning_rate=1e-3,
         progress=False, log=lambda numbers, step: losses.append(numbers),
     )  # fmt: skip
@@ -127,29 +128,29 @@ def test_two_heads_on_one_encoder_learn(learnt):
     for task in ("sentiment", "topic"):
         values = [numbers[f"loss, {task}"] for numbers in losses if f"loss, {task}" in numbers]
         assert np.mean(values[-3:]) < 0.5 * np.mean(values[:3])
-    said = sentiment.predict(classifier, tokenizer, [GOOD, BAD, "corn and wheat"])
+    said = multitask.predict(classifier, tokenizer, [GOOD, BAD, "corn and wheat"])
     assert said["sentiment"][0] > 0.5 and said["sentiment"][1] < -0.5
     assert said["topic"][2].argmax() == 0
     np.testing.assert_allclose(said["topic"].sum(axis=1), 1)
-    assert sentiment.class_names(classifier, "topic") == ["grain", "interest"]
+    assert multitask.class_names(classifier, "topic") == ["grain", "interest"]
 
 
 def test_other_domains_help_through_heads_of_their_own():
     train = sentiment.halves(sentiment.load(), seed=0)[0].head(20)
-    assert [task.name for task in sentiment.rating_tasks(train)] == ["sentiment"]
-    tasks = sentiment.rating_tasks(train, borrowed=15)
+    assert [task.name for task in multitask.rating_tasks(train)] == ["sentiment"]
+    tasks = multitask.rating_tasks(train, borrowed=15)
     assert [task.name for task in tasks] == ["sentiment", "tweets", "amazon", "movies"]
     assert [len(task.texts) for task in tasks] == [20, 15, 15, 15]
     borrowed = {text for task in tasks[1:] for text in task.texts}
     assert not borrowed & set(sentiment.halves(sentiment.load(part="tweets"), seed=0)[2]["text"])
-    assert "nyt" in [task.name for task in sentiment.rating_tasks(train, borrowed=5, part="movies")]
+    assert "nyt" in [task.name for task in multitask.rating_tasks(train, borrowed=5, part="movies")]
 
 
 def test_a_checkpoint_says_the_same(learnt, tmp_path):
     classifier, tokenizer, _ = learnt
     models.save_checkpoint(classifier, tokenizer, tmp_path / "model", "card")
-    again = sentiment.predict(*models.load_checkpoint(tmp_path / "model"), [GOOD, PLAIN])
-    for task, value in sentiment.predict(classifier, tokenizer, [GOOD, PLAIN]).items():
+    again = multitask.predict(*models.load_checkpoint(tmp_path / "model"), [GOOD, PLAIN])
+    for task, value in multitask.predict(classifier, tokenizer, [GOOD, PLAIN]).items():
         np.testing.assert_allclose(again[task], value, atol=1e-5)
 
 

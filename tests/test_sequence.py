@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from llmprod import recommend, sequence
+from llmprod.recommendation import catalogues, scorers, sequence
 
 
 def circle(users: int = 60, items: int = 12, steps: int = 9) -> pd.DataFrame:
@@ -19,8 +19,8 @@ def test_the_order_is_learnt():
     scores = sequence.next_items(taken.sample(frac=1, random_state=0), (60, 12), 0, epochs=60, progress=False)
     last = taken.groupby("user")["item"].last().to_numpy()
     assert (scores.argmax(axis=1) == (last + 1) % 12).mean() > 0.9
-    dense = recommend.matrix(taken, (60, 12))
-    unordered = np.where(dense.toarray() > 0, -np.inf, dense @ recommend.ease(dense))
+    dense = catalogues.matrix(taken, (60, 12))
+    unordered = np.where(dense.toarray() > 0, -np.inf, dense @ scorers.ease(dense))
     assert (unordered.argmax(axis=1) == (last + 1) % 12).mean() < 0.7, "what knows no order can't tell"
 
 

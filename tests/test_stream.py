@@ -20,9 +20,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprod import stream
-from llmprod.journal import Journal, new_documents, ready
-from llmprod.stream import DAY, Document, Feed, Lines, Replay, StreamError, Tail
+from llmprod.news_monitoring import sources
+from llmprod.news_monitoring.documents import (
+    DAY,
+    LIMIT,
+    Document,
+    StreamError,
+    decoded,
+    fingerprint,
+    seconds,
+)
+from llmprod.news_monitoring.feeds import Feed
+from llmprod.news_monitoring.journal import Journal, new_documents, ready
+from llmprod.news_monitoring.sources import Lines, Replay, Tail
 
 
 class Clock:
@@ -114,7 +124,7 @@ def test_feed_without_ids_and_dates(server):
     server.pages["/"] = page(atom.format("Text&lt;br&gt;more &lt;script&gt;evil()&lt;/script&gt;") + "</feed>")
     (document,), cursor = feed(server, "/").poll({})
     assert document.text == "A\nText more" and document.time == 1.7e9
-    assert document.id == stream.fingerprint(document.source, document.text)
+    assert document.id == fingerprint(document.source, document.text)
     assert feed(server, "/").poll(cursor)[0] == []
 
 
@@ -280,14 +290,14 @@ def test_wrong_encodings_are_read(server, body, content_type):
     server.pages["/"] = page(body, Content_Type=content_type)
     (document,), cursor = feed(server, "/").poll({})
     assert document.title == "Zürich rises" and "error" not in cursor
-    assert "Zürich rises" in stream.decoded(body, content_type), "feedparser mends some of this by itself"
+    assert "Zürich rises" in decoded(body, content_type), "feedparser mends some of this by itself"
 
 
 def test_one_broken_byte_spoils_one_letter(server):
     server.pages["/"] = page(rss("Zürich", "b\0ad").encode() + b"\x81")
     documents, _ = feed(server, "/").poll({})
     assert documents[0].title == "Zürich" and len(documents) == 2
-    assert stream.decoded("é".encode() + b"\xe9") == "éé"
+    assert decoded("é".encode() + b"\xe9") == "éé"
 
 
 # Files, standard input, dated documents
@@ -306,7 +316,7 @@ def test_one_broken_byte_spoils_one_letter(server):
     ],
 )
 def test_times_as_they_come(value, expected):
-    assert stream.seconds(value, 7.0) == expected
+    assert seconds(value, 7.0) == expected
 
 
 def line(text: str, **more) -> bytes:
@@ -325,9 +335,7 @@ def test_tail_follows_growth_rotation_and_truncation(tmp_path):
         file.write(b'wo", "time": 5}\n')
     documents, cursor = source.poll(json.loads(json.dumps(cursor)))
     (two,) = documents
-    assert (two.text, two.time, two.source) == ("two", 5.0, str(path)) and two.id == stream.fingerprint(
-        str(path), "two"
-    )
+    assert (two.text, two.time, two.source) == ("two", 5.0, str(path)) and two.id == fingerprint(str(path), "two")
     assert source.poll(cursor)[0] == []
     path.rename(tmp_path / "old")
     assert source.poll(cursor)[0] == [], "gone while it is rotated"
@@ -349,7 +357,7 @@ def test_tail_skips_and_counts_bad_lines(tmp_path):
         b'{"text": 5}\n',
         b'{"text": " "}\n',
     ]
-    bad += [b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b'{"text": "' + b"x" * stream.LIMIT + b'"}\n']
+    bad += [b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b'{"text": "' + b"x" * LIMIT + b'"}\n']
     odd = [b"\n", b'{"text": "\\ud800 b\\u0000c", "time": NaN}\n', line("later", time=True), line("d", time="soon")]
     path.write_bytes(line("first") + b"".join(bad) + b"".join(odd) + b"no json either\n")
     documents, cursor = Tail(path, clock=Clock(7.0)).poll({})
@@ -403,7 +411,7 @@ def test_tail_polled_at_any_cut_gives_each_line_once(tmp_path_factory, texts, cu
     assert ids == [str(n) for n in range(len(texts))] and cursor["bad"] == 0
 
 
-def until_finished(source: stream.Source, cursor: dict | None = None) -> tuple[list[Document], dict]:
+def until_finished(source: sources.Source, cursor: dict | None = None) -> tuple[list[Document], dict]:
     documents, cursor, ends = [], cursor or {}, time.monotonic() + 10
     while not source.finished(cursor):
         assert time.monotonic() < ends
@@ -468,14 +476,14 @@ def test_open_source(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(line("x"))}))
     (tmp_path / "a.jsonl").touch()
     kinds = [
-        type(stream.open_source(word))
+        type(sources.open_source(word))
         for word in ("https://a/b", "HTTP://a", "-", str(tmp_path / "a.jsonl"), str(tmp_path))
     ]
     assert kinds == [Feed, Feed, Lines, Tail, Tail]
     for word in ("ftp://a/b", "http://", str(tmp_path / "none.jsonl"), ""):
         if word:
             with pytest.raises(StreamError, match="is no source: give the address"):
-                stream.open_source(word)
+                sources.open_source(word)
 
 
 # The journal
@@ -553,7 +561,7 @@ def test_one_monitor_writes_a_journal(tmp_path):
         journal.add_alert("a", 1.0, {})
         with pytest.raises(StreamError, match="held by another monitor"):
             Journal(path)
-        code = f"from llmprod.journal import Journal; Journal({str(path)!r})"
+        code = f"from llmprod.news_monitoring.journal import Journal; Journal({str(path)!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 1 and "StreamError" in done.stderr and "held by another monitor" in done.stderr
         with Journal(path, shared=True) as beside:
@@ -611,11 +619,11 @@ def test_a_full_disk_is_told_and_nothing_is_half(journal):
 MONITOR = """
     import os, sys
     import datasketch  # imported once, before processes are made
-    from llmprod import stream
-    from llmprod.journal import Journal, new_documents, ready
+    from llmprod.news_monitoring import sources
+    from llmprod.news_monitoring.journal import Journal, new_documents, ready
 
     def monitor(folder):
-        source = stream.Tail(folder + "/news.jsonl", batch=5)
+        source = sources.Tail(folder + "/news.jsonl", batch=5)
         with Journal(folder + "/journal.db") as journal:
             for turn in range(10**6):
                 documents, cursor = source.poll(journal.cursor(source.name))

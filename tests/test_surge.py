@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprod import surge
+from llmprod import LLMProdError
+from llmprod.evaluate import drift
+from llmprod.news_monitoring import simulate, surge
 
 KNOWN = 1e9  # a prior so strong that the baseline stays what it was said to be
 
@@ -26,7 +28,7 @@ def held_out(distance: float = 1.6, size: int = 20000, prior: float = 0.5, seed:
 def streams(baseline: float, weeks: int, seed: int, per_week: int = 100, distance: float = 1.6, **more):
     """Quiet streams, and streams with a surge of three times the baseline share over 40 documents."""
     pool, random = held_out(distance), np.random.default_rng(seed)
-    return [surge.simulate(*pool, weeks, per_week, baseline, ratio, 40, random, **more) for ratio in (1, 3)]
+    return [simulate.simulate(*pool, weeks, per_week, baseline, ratio, 40, random, **more) for ratio in (1, 3)]
 
 
 # The detector
@@ -65,7 +67,7 @@ def test_one_threshold_keeps_to_the_same_false_alarms_whatever_the_share():
         quiet, planted = streams(share, 300, seed=2, per_week=200, history=200)
         assumed = surge.Settings(share=share)
         paths = [surge.cusum(s.scores, assumed) for s in (quiet, planted)]
-        played = surge.outcomes(*paths, planted.starts, 40, np.array([115.0]), skip=200)
+        played = simulate.outcomes(*paths, planted.starts, 40, np.array([115.0]), skip=200)
         alarms[share] = float(200 * played.rates(np.ones(600))[0])
         crossings = paths[0].score[:, 200:] >= 2.5
         by_height[share] = (crossings[:, 1:] & ~crossings[:, :-1]).sum(axis=1).mean()
@@ -139,7 +141,7 @@ def test_live_equals_vectorised_exactly(documents, assumed, threshold, cooldown)
         scores.append(live.state["score"][0])
     assert scores == path.score[0].tolist()
     share_of_limit = path.score[:1] / surge.height(threshold, path.baseline[:1], assumed)
-    quiet = surge.outcomes(share_of_limit, share_of_limit, np.array([0]), 1, np.array([1.0]), cooldown=cooldown)
+    quiet = simulate.outcomes(share_of_limit, share_of_limit, np.array([0]), 1, np.array([1.0]), cooldown=cooldown)
     assert quiet.false[0, 0] == sum(alerts)
 
 
@@ -184,7 +186,7 @@ def test_one_statistic_gives_the_alarms_under_every_ceiling(documents, threshold
     scores = np.array([[p for _, p in documents]])
     free = surge.cusum(scores, assumed)
     quiet, thresholds = (free, free, np.array([0]), 1), np.unique(thresholds)
-    swept = surge.outcomes(*quiet, thresholds * (1 - 1e-9), release=0.5).false[0]
+    swept = simulate.outcomes(*quiet, thresholds * (1 - 1e-9), release=0.5).false[0]
     for threshold, alarms in zip(thresholds, swept, strict=True):
         live = surge.Cusum(assumed, threshold)
         assert alarms == sum(live.update(0, p) is not None for p in scores[0])
@@ -253,7 +255,7 @@ def test_the_baseline_finds_the_share_of_each_part_of_the_day():
     """From a wrong prior, and from probabilities of a model that was trained at another share."""
     assumed = surge.Settings(share=0.1, half_life=5000, blocks=2)
     (pool, negative), random = held_out(), np.random.default_rng(0)
-    quiet = surge.simulate(pool, negative, 60, 3000, 0.3, 1, 5, random, volume=(2, 1), daily=(1.0, 2.0))
+    quiet = simulate.simulate(pool, negative, 60, 3000, 0.3, 1, 5, random, volume=(2, 1), daily=(1.0, 2.0))
     state = surge.start(assumed, 60)
     blocks = surge.part_of_day(quiet.times, 2)
     for column, block in zip(quiet.scores.T.copy(), blocks.T, strict=True):
@@ -277,7 +279,7 @@ def test_what_cannot_be_used_is_named():
 
 def test_what_it_is_compared_with_equals_its_definition():
     values = np.random.default_rng(0).random((3, 50))
-    mean, z, smooth = surge.share(values, 5), surge.z_score(values, 5, 20), surge.ewma(values, 0.2, 0.5)
+    mean, z, smooth = simulate.share(values, 5), simulate.z_score(values, 5, 20), simulate.ewma(values, 0.2, 0.5)
     assert np.isneginf(mean[:, :4]).all() and np.isfinite(mean[:, 4:]).all()
     assert np.isneginf(z[:, :24]).all() and np.isfinite(z[:, 24:]).all()
     level = 0.5
@@ -295,7 +297,7 @@ def test_what_it_is_compared_with_equals_its_definition():
 
 def test_simulated_shares_are_as_asked():
     pool, negative = held_out()
-    made = surge.simulate(pool, negative, 2000, 100, 0.2, 3, 30, np.random.default_rng(0), history=50)
+    made = simulate.simulate(pool, negative, 2000, 100, 0.2, 3, 30, np.random.default_rng(0), history=50)
     position = np.arange(150) - made.starts[:, None]
     inside = (position >= 0) & (position < 30)
     assert made.negative[inside].mean() == pytest.approx(0.6, abs=0.01)
@@ -304,11 +306,13 @@ def test_simulated_shares_are_as_asked():
     np.testing.assert_array_equal(negative[made.documents], made.negative)
     np.testing.assert_array_equal(pool[made.documents], made.scores)
     assert (np.diff(made.times, axis=1) >= 0).all()
-    assert made.times.max() / surge.DAY == pytest.approx(7 * 1.5, abs=0.01), "150 documents are a week and a half"
+    assert made.times.max() / simulate.DAY == pytest.approx(7 * 1.5, abs=0.01), "150 documents are a week and a half"
 
 
 def test_simulated_days_are_as_asked():
-    made = surge.simulate(*held_out(), 500, 400, 0.2, 1, 5, np.random.default_rng(0), volume=(1, 3), daily=(2.0, 1.0))
+    made = simulate.simulate(
+        *held_out(), 500, 400, 0.2, 1, 5, np.random.default_rng(0), volume=(1, 3), daily=(2.0, 1.0)
+    )
     late = surge.part_of_day(made.times, 2) == 1
     assert late.mean() == pytest.approx(0.75, abs=0.01)
     assert made.negative.mean() == pytest.approx(0.2, abs=0.01), "the baseline is that of the whole day"
@@ -318,15 +322,15 @@ def test_simulated_days_are_as_asked():
 @pytest.mark.parametrize(("length", "negative"), [(100, [True, False]), (0, [True, False]), (10, [True, True])])
 def test_what_cannot_be_simulated_is_refused(length, negative):
     with pytest.raises(surge.SurgeError):
-        surge.simulate(np.array([0.9, 0.1]), np.array(negative), 3, 100, 0.2, 3, length, np.random.default_rng(0))
+        simulate.simulate(np.array([0.9, 0.1]), np.array(negative), 3, 100, 0.2, 3, length, np.random.default_rng(0))
 
 
 def test_a_larger_threshold_is_as_much_rarer():
     """Ten times the documents, for which `monitor --every` multiplies the threshold."""
     (pool, negative), random = held_out(), np.random.default_rng(0)
-    quiet = surge.simulate(pool, negative, 200, 2000, 0.2, 1, 5, random, history=200)
+    quiet = simulate.simulate(pool, negative, 200, 2000, 0.2, 1, 5, random, history=200)
     path, ends = surge.cusum(quiet.scores, surge.Settings(share=0.2)), np.full(200, 2200)
-    alarms = surge.outcomes(path, path, ends, 1, np.array([115.0, 1150.0]), skip=200).false[:200].sum(axis=0)
+    alarms = simulate.outcomes(path, path, ends, 1, np.array([115.0, 1150.0]), skip=200).false[:200].sum(axis=0)
     assert 7 < alarms[0] / alarms[1] < 14, alarms
 
 
@@ -339,8 +343,8 @@ def test_operating_curve_by_hand():
     starts = np.array([3, 2, 3])
 
     def curve_of(length: int) -> pd.DataFrame:
-        played = surge.outcomes(quiet, planted, starts, length, np.array([4.0, 1.0]))
-        return surge.operating_curve(played, 10).set_index("threshold")
+        played = simulate.outcomes(quiet, planted, starts, length, np.array([4.0, 1.0]))
+        return simulate.operating_curve(played, 10).set_index("threshold")
 
     curve = curve_of(3)
     # 12 quiet documents and 8 before surges
@@ -351,7 +355,7 @@ def test_operating_curve_by_hand():
     longer = curve_of(4)
     assert longer["detected"].tolist() == pytest.approx([2 / 3, 2 / 3])
     assert longer["median delay"].tolist() == [4, 4]
-    played = surge.outcomes(quiet, planted, starts, 4, np.array([1.0, 4.0]), skip=2)
+    played = simulate.outcomes(quiet, planted, starts, 4, np.array([1.0, 4.0]), skip=2)
     assert played.delays.tolist() == [[1, 2], [4, 4], [np.inf, np.inf]]
     assert played.false.tolist() == [[1, 0], [1, 1], [0, 0], [0, 0], [1, 1]], "none is counted before document 2"
     assert played.exposure.tolist() == [4, 4, 1, 0, 1]
@@ -363,8 +367,8 @@ def test_intervals_hold_the_estimate_and_shrink_with_more_weeks():
         quiet, planted = streams(0.2, weeks, seed=1)
         assumed = surge.Settings(share=0.2, strength=KNOWN)
         few = (surge.cusum(quiet.scores, assumed), surge.cusum(planted.scores, assumed))
-        played = surge.outcomes(*few, planted.starts, 40, np.array([2.3]))
-        row = surge.operating_curve(played, 100, resamples=200).iloc[0]
+        played = simulate.outcomes(*few, planted.starts, 40, np.array([2.3]))
+        row = simulate.operating_curve(played, 100, resamples=200).iloc[0]
         for name in ("false alarms a week", "median delay", "detected"):
             assert row[f"{name}, low"] <= row[name] <= row[f"{name}, high"]
         widths.append(row["false alarms a week, high"] - row["false alarms a week, low"])
@@ -374,10 +378,10 @@ def test_intervals_hold_the_estimate_and_shrink_with_more_weeks():
 def test_the_threshold_is_the_lowest_from_which_on_the_rate_is_kept():
     """Under it, an alarm that never ends is rare as well."""
     curve = pd.DataFrame({"threshold": [1.0, 2, 3, 4], "false alarms a week": [0.5, 2, 0.9, 0.1]})
-    assert surge.delay_at(curve)["threshold"] == 3
-    assert surge.delay_at(curve, 5)["threshold"] == 1
+    assert simulate.delay_at(curve)["threshold"] == 3
+    assert simulate.delay_at(curve, 5)["threshold"] == 1
     with pytest.raises(surge.SurgeError, match="higher"):
-        surge.delay_at(curve, 0.01)
+        simulate.delay_at(curve, 0.01)
 
 
 def test_comparison_finds_a_planted_difference_and_none_without_one():
@@ -385,24 +389,24 @@ def test_comparison_finds_a_planted_difference_and_none_without_one():
     false = np.stack([random.poisson(2, 600), random.poisson(0.5, 600)], axis=1).astype(float)
     false[300] = 9  # before the first surge alone: where that were drawn in place of all others, no threshold would do
     delays = random.integers(5, 25, (300, 1)).astype(float)
-    slow = surge.Outcomes(false, np.full(600, 100), np.hstack([delays - 3, delays]), np.array([1.0, 2.0]))
+    slow = simulate.Outcomes(false, np.full(600, 100), np.hstack([delays - 3, delays]), np.array([1.0, 2.0]))
     fast = slow._replace(delays=slow.delays - 4)
-    assert surge.compare(fast, slow, 100, resamples=50) == (-4, -4, -4)
+    assert simulate.compare(fast, slow, 100, resamples=50) == (-4, -4, -4)
     other = slow._replace(delays=random.permuted(slow.delays, axis=0))
-    difference, low, high = surge.compare(slow, other, 100, resamples=200)
+    difference, low, high = simulate.compare(slow, other, 100, resamples=200)
     assert difference == 0 and low < 0 < high
     strict = slow._replace(false=false[:, ::-1])  # its second threshold has the alarms
     with pytest.raises(surge.SurgeError, match="higher"):
-        surge.compare(strict, slow, 100, resamples=1)
+        simulate.compare(strict, slow, 100, resamples=1)
 
 
 def tuned(assumed: surge.Settings, distance: float, seed: int = 1) -> pd.Series:
     """One false alarm a week of 100 documents, at a baseline of 0.2."""
     quiet, planted = streams(0.2, 400, seed, distance=distance, history=100)
     values = surge.cusum(quiet.scores, assumed), surge.cusum(planted.scores, assumed)
-    thresholds = surge.levels(values[0], skip=100, number=41)
-    played = surge.outcomes(*values, planted.starts, 40, thresholds, skip=100)
-    return surge.delay_at(surge.operating_curve(played, 100, resamples=20))
+    thresholds = simulate.levels(values[0], skip=100, number=41)
+    played = simulate.outcomes(*values, planted.starts, 40, thresholds, skip=100)
+    return simulate.delay_at(simulate.operating_curve(played, 100, resamples=20))
 
 
 def test_better_scores_are_not_slower_and_probabilities_not_slower_than_their_labels():
@@ -447,7 +451,7 @@ def test_drift_finds_what_was_planted_and_says_how_large_it_is():
     random = np.random.default_rng(0)
     reference, current = table(1500, random), table(1500, random, longer=0.5, topics=(0.3, 0.3, 0.4))
     reference["topic"], current["topic"] = (frame["topic"].map("topic {}".format) for frame in (reference, current))
-    found = surge.drift(reference, current)
+    found = drift.drift(reference, current)
     assert found.index[found["drifted"]].tolist() == ["length", "topic"]
     assert found.loc["length", "effect"] == pytest.approx(0.197, abs=0.04), "2 Φ(0.25) - 1"
     # shares p and q: χ²/n is half the sum of (p - q)² / (p + q), over the mean of both
@@ -457,14 +461,14 @@ def test_drift_finds_what_was_planted_and_says_how_large_it_is():
 
 def test_a_small_difference_of_many_documents_is_significant_but_no_drift():
     random = np.random.default_rng(0)
-    found = surge.drift(table(40000, random), table(40000, random, longer=0.05)).loc["length"]
+    found = drift.drift(table(40000, random), table(40000, random, longer=0.05)).loc["length"]
     assert found["adjusted p"] < 0.001 and not found["drifted"]
 
 
 def test_false_discoveries_are_rare_without_drift():
     """In 5 % of comparisons or fewer there is any, though in a third of them some p of eight is under 0.05."""
     random = np.random.default_rng(0)
-    tables = [surge.drift(table(300, random), table(300, random), least=0) for _ in range(60)]
+    tables = [drift.drift(table(300, random), table(300, random), least=0) for _ in range(60)]
     assert np.mean([found["drifted"].any() for found in tables]) < 0.09
     assert np.mean([(found["p"] < 0.05).any() for found in tables]) > 0.2
 
@@ -472,8 +476,8 @@ def test_false_discoveries_are_rare_without_drift():
 def test_rare_values_are_one_and_empty_tables_are_refused():
     reference = pd.DataFrame({"word": ["a"] * 500 + [f"rare {i}" for i in range(60)]})
     current = pd.DataFrame({"word": ["a"] * 500 + [f"other {i}" for i in range(60)]})
-    assert surge.drift(reference, current).loc["word", "p"] == 1
-    with pytest.raises(surge.SurgeError, match="word"):
-        surge.drift(reference, pd.DataFrame({"word": [None]}))
-    with pytest.raises(surge.SurgeError, match="share no column"):
-        surge.drift(reference, pd.DataFrame({"other": [1.0]}))
+    assert drift.drift(reference, current).loc["word", "p"] == 1
+    with pytest.raises(LLMProdError, match="word"):
+        drift.drift(reference, pd.DataFrame({"word": [None]}))
+    with pytest.raises(LLMProdError, match="share no column"):
+        drift.drift(reference, pd.DataFrame({"other": [1.0]}))

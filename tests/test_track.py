@@ -11,7 +11,8 @@ import threading
 import pandas as pd
 import pytest
 
-from llmprod import LLMProdError, track
+from llmprod import LLMProdError
+from llmprod.harness import track
 
 TRACKED = """
 import os, socket, sys
@@ -26,7 +27,8 @@ socket.socket.connect = guarded
 
 import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt, pandas as pd
-from llmprod import track
+from llmprod.harness import track
+
 seed, dataset = 3, "reuters-r8"
 run = track.start("01_data", {"seed": seed, "dataset": dataset})
 run.log({"loss": 0.5}, step=1)

@@ -1,0 +1,1 @@
+"""03_evaluate: metrics, robustness, explanation, drift, active learning."""

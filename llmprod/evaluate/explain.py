@@ -1,0 +1,84 @@
+"""Attributions, and their faithfulness."""
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from captum.attr import LayerIntegratedGradients
+from transformers import PreTrainedTokenizerBase
+
+from llmprod.models import Classifier, predict
+
+
+def attribute(
+    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, text: str, target: int, steps: int = 32
+) -> tuple[list[str], np.ndarray, float]:
+    """Integrated gradients of a class's logit with respect to the token embeddings (Sundararajan et al. 2017).
+
+    The path runs from [PAD] in every place (first and last token kept) to the text, in `steps` steps; the attribution
+    of a token is the sum over its dimensions.
+
+    Returns the tokens without the first and last, their attributions, and the completeness error: by how much all
+    attributions together miss the difference of the logit between both ends.
+    """
+    classifier.eval()
+    device = next(classifier.parameters()).device
+    ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")["input_ids"]
+    ids = ids.to(device)
+    baseline = ids.clone()
+    baseline[:, 1:-1] = tokenizer.pad_token_id
+    mask = torch.ones_like(ids)
+
+    def logits(numbers: torch.Tensor) -> torch.Tensor:
+        return classifier(input_ids=numbers, attention_mask=mask.expand(len(numbers), -1)).logits
+
+    method = LayerIntegratedGradients(logits, classifier.encoder.embeddings)
+    found, error = method.attribute(
+        ids, baseline, target=target, n_steps=steps, internal_batch_size=steps, return_convergence_delta=True
+    )
+    scores = found.sum(dim=-1)[0, 1:-1].detach().cpu().numpy()
+    return tokenizer.convert_ids_to_tokens(ids[0, 1:-1].tolist()), scores, float(error)
+
+
+def coloured(tokens: Sequence[str], scores: np.ndarray) -> str:
+    """The text as HTML: blue speaks for the class, orange against it, white does not matter."""
+    largest = np.abs(scores).max() or 1.0
+    parts = []
+    for token, score in zip(tokens, scores, strict=True):
+        colour = "11,110,153" if score > 0 else "224,122,31"
+        gap, word = ("", token[2:]) if token.startswith("##") else (" ", token)
+        style = f"background:rgba({colour},{0.75 * abs(score) / largest:.2f});padding:1px 0"
+        parts.append(f'{gap}<span style="{style}" title="{score:+.3f}">{html.escape(word)}</span>')
+    return f'<div style="line-height:1.8">{"".join(parts).strip()}</div>'
+
+
+def faithfulness(
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[Sequence[str]],
+    rankings: Sequence[np.ndarray],
+    targets: Sequence[int],
+    share: float = 0.2,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Comprehensiveness and sufficiency of rankings of tokens, one value a text (DeYoung et al. 2020).
+
+    Args:
+        tokens: the tokens of each text, as `attribute` gives them
+        rankings: a score for each token; the `share` with the highest is the explanation
+        targets: the class explained
+
+    Comprehensiveness is how much of the class's probability is lost when the explanation is left out (more is better),
+    sufficiency how much is lost when only the explanation is kept (less is better). Compare with random rankings.
+    """
+    whole, without, only = [], [], []
+    for words, scores in zip(tokens, rankings, strict=True):
+        top = set(np.argsort(-np.asarray(scores), kind="stable")[: max(1, round(share * len(words)))].tolist())
+        whole.append(tokenizer.convert_tokens_to_string(list(words)))
+        without.append(tokenizer.convert_tokens_to_string([w for i, w in enumerate(words) if i not in top]))
+        only.append(tokenizer.convert_tokens_to_string([w for i, w in enumerate(words) if i in top]))
+    logits = predict(classifier, tokenizer, [*whole, *without, *only], precision="fp32").astype(float)
+    logits -= logits.max(axis=1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    full, removed, kept = (p[np.arange(len(targets)), targets] for p in np.split(probabilities, 3))
+    return full - removed, full - kept

@@ -1,0 +1,173 @@
+"""Metrics, intervals, significance tests, calibration, out-of-distribution scores; one small function each."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
+from scipy.stats import binomtest
+from sklearn.covariance import LedoitWolf
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_recall_fscore_support, roc_auc_score
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The share of right predictions."""
+    return float(accuracy_score(labels, predictions))
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The mean over classes of F1 = 2PR / (P + R); a class counts the same whatever its size."""
+    return float(f1_score(labels, predictions, average="macro", zero_division=0))
+
+
+def per_class(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> pd.DataFrame:
+    """Precision, recall, F1 and number of texts (`support`) of every class, the largest first."""
+    numbers = range(len(names))
+    columns = precision_recall_fscore_support(labels, predictions, labels=numbers, zero_division=0)
+    table = pd.DataFrame(dict(zip(("precision", "recall", "F1", "support"), columns, strict=True)), index=names)
+    return table.sort_values("support", ascending=False)
+
+
+def bootstrap_interval(
+    metric: Metric,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a metric (Efron & Tibshirani 1993): test texts drawn with replacement."""
+    random = np.random.default_rng(seed)
+    draws = random.integers(0, len(labels), size=(resamples, len(labels)))
+    values = [metric(labels[draw], predictions[draw]) for draw in draws]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> pd.DataFrame:
+    """Confidence against accuracy: texts in bins of equal width by the probability of the predicted class.
+
+    Returns for every bin that holds a text: `confidence` and `accuracy` (means in the bin) and `share` of all texts.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    grouped = pd.DataFrame({"confidence": confidence, "accuracy": right.astype(float)}).groupby(number)
+    return grouped.mean().assign(share=grouped.size() / len(labels))
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
+    """The mean distance of confidence from accuracy over the bins of `reliability` (Guo et al. 2017)."""
+    table = reliability(labels, probabilities, bins)
+    return float((table["share"] * (table["confidence"] - table["accuracy"]).abs()).sum())
+
+
+def summary(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro-F1, log loss and calibration error of predicted probabilities of shape (texts, classes)."""
+    predictions = probabilities.argmax(axis=1)
+    return {
+        "accuracy": accuracy(labels, predictions),
+        "macro-F1": macro_f1(labels, predictions),
+        "log loss, nats": float(log_loss(labels, probabilities, labels=range(probabilities.shape[1]))),
+        "calibration error": expected_calibration_error(labels, probabilities),
+    }
+
+
+# Two models, and models that may abstain
+
+
+def mcnemar(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
+    """How often only `one` is right, how often only `other` is, and the exact two-sided p-value.
+
+    Under the null hypothesis each of the texts on which one alone is right is a fair coin (McNemar 1947; exact
+    binomial form).
+    """
+    only_one = int(((one == labels) & (other != labels)).sum())
+    only_other = int(((one != labels) & (other == labels)).sum())
+    if only_one + only_other == 0:
+        return 0, 0, 1.0
+    return only_one, only_other, float(binomtest(only_one, only_one + only_other).pvalue)
+
+
+def paired_bootstrap(
+    metric: Metric,
+    labels: np.ndarray,
+    one: np.ndarray,
+    other: np.ndarray,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The difference `metric(one) - metric(other)` and its percentile interval over the same resampled texts.
+
+    Both models are scored on the same draw, so that texts that are hard for both cancel (Koehn 2004).
+    """
+    draws = np.random.default_rng(seed).integers(0, len(labels), size=(resamples, len(labels)))
+    values = [metric(labels[d], one[d]) - metric(labels[d], other[d]) for d in draws]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return metric(labels, one) - metric(labels, other), float(low), float(high)
+
+
+def selective(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """Accuracy on the most confident texts against their share (coverage), one row for each number of texts kept.
+
+    A model that hands what it is unsure of to a person is this good on the rest (Geifman & El-Yaniv 2017).
+    """
+    order = np.argsort(-probabilities.max(axis=1), kind="stable")
+    right = (probabilities.argmax(axis=1) == labels)[order]
+    kept = np.arange(1, len(labels) + 1)
+    return pd.DataFrame({"coverage": kept / len(labels), "accuracy": right.cumsum() / kept})
+
+
+def temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """The T > 0 for which softmax(logits / T) has the least log loss (Guo et al. 2017); choose it on validation."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+
+    def loss(log_t: float) -> float:
+        scaled = shifted / np.exp(log_t)
+        return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+# Texts from another domain: the higher a score, the more foreign the text
+
+
+def maximum_softmax(logits: np.ndarray) -> np.ndarray:
+    """Minus the probability of the predicted class (Hendrycks & Gimpel 2017)."""
+    return -softmax(logits, axis=1).max(axis=1)
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    """Minus the log-sum-exp of the logits (Liu et al. 2020)."""
+    return -logsumexp(logits, axis=1)
+
+
+def mahalanobis(vectors: np.ndarray, train_vectors: np.ndarray, train_labels: np.ndarray) -> np.ndarray:
+    """The squared distance to the nearest class mean, in the pooled covariance of training (Lee et al. 2018).
+
+    Vectors of shape (texts, dimensions); the covariance is shrunk (Ledoit & Wolf 2004), so that few texts suffice.
+    """
+    classes = np.unique(train_labels)
+    centres = np.stack([train_vectors[train_labels == c].mean(axis=0) for c in classes])
+    within = train_vectors - centres[np.searchsorted(classes, train_labels)]
+    precision = LedoitWolf(assume_centered=True).fit(within).precision_
+    apart = vectors[:, None, :] - centres[None]
+    return np.einsum("tcd,de,tce->tc", apart, precision, apart, optimize=True).min(axis=1)
+
+
+def detection(known: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
+    """How well a score tells foreign texts: AUROC, and the share of foreign ones missed where 95 % of known pass.
+
+    `FPR at 95 %` in the convention of the field: known texts are the positives, so that it is the share of foreign
+    texts that pass as known at the threshold that lets 95 % of the known ones pass.
+    """
+    truth = np.repeat([0, 1], [len(known), len(foreign)])
+    threshold = np.quantile(known, 0.95)
+    return {
+        "AUROC": float(roc_auc_score(truth, np.concatenate([known, foreign]))),
+        "FPR at 95 %": float((foreign <= threshold).mean()),
+    }

@@ -1,0 +1,199 @@
+"""Text perturbations, and templates with swapped names."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+Change = Callable[[str, float, np.random.Generator], str]
+
+
+NEIGHBOURS = {  # keys beside each other on a QWERTY keyboard
+    key: row[max(0, i - 1) : i] + row[i + 1 : i + 2]
+    for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+    for i, key in enumerate(row)
+}
+
+
+LOOKALIKES = str.maketrans("aceiopxyABCEHKMOPTX", "асеіорхуАВСЕНКМОРТХ")  # Cyrillic letters that look like Latin ones
+
+
+SYNONYM_PAIRS = """
+said:stated rise:increase rose:increased fell:declined fall:decline up:higher down:lower buy:purchase bought:purchased
+sell:dispose sold:disposed company:firm profit:earnings loss:deficit quarter:trimester shares:equities stock:equity
+prices:rates meeting:session government:administration agreement:accord deal:transaction money:funds big:large
+small:little about:around expected:anticipated reported:announced told:informed help:assist need:require get:obtain
+want:wish why:wherefore problem:issue change:alter use:employ make:create made:created show:display start:begin
+end:finish many:numerous more:additional new:fresh old:former because:since also:too however:yet before:prior
+plans:intends sales:turnover bank:lender trade:commerce official:officer analyst:observer wrong:incorrect
+transfer:remittance payment:remittance fee:charge cash:notes lost:missing stolen:taken
+"""  # written for this project: words common in news and requests, and one that can stand for each
+
+
+SYNONYMS = dict(pair.split(":") for pair in SYNONYM_PAIRS.split())
+
+
+NEGATIONS = {
+    "is": "is not",
+    "was": "was not",
+    "are": "are not",
+    "were": "were not",
+    "will": "will not",
+    "has": "has not",
+    "can": "can not",
+    "would": "would not",
+    "have": "have not",
+    "do": "do not",
+    "did": "did not",
+}
+
+
+def typos(text: str, strength: float, random: np.random.Generator) -> str:
+    """In `strength` of the words of four letters or more: one letter swapped, dropped, doubled or hit beside."""
+
+    def slip(word: str) -> str:
+        if len(word) < 4 or not word.isalpha() or random.random() >= strength:
+            return word
+        i, kind = int(random.integers(1, len(word) - 1)), int(random.integers(4))
+        near = NEIGHBOURS.get(word[i].lower(), "")
+        return [
+            word[:i] + word[i + 1] + word[i] + word[i + 2 :],
+            word[:i] + word[i + 1 :],
+            word[:i] + word[i] + word[i:],
+            word[:i] + (near[int(random.integers(len(near)))] if near else word[i]) + word[i + 1 :],
+        ][kind]
+
+    return " ".join(slip(word) for word in text.split())
+
+
+def case(text: str, strength: float, random: np.random.Generator) -> str:
+    """`strength` of the words in capital letters."""
+    return " ".join(word.upper() if random.random() < strength else word for word in text.split())
+
+
+def punctuation(text: str, strength: float, random: np.random.Generator) -> str:
+    """A punctuation mark after `strength` of the words."""
+    return " ".join(
+        word + "!?.,;:…"[int(random.integers(7))] if random.random() < strength else word for word in text.split()
+    )
+
+
+def negation(text: str, strength: float, random: np.random.Generator) -> str:
+    """`strength` of the auxiliary verbs negated; what a text is about stays the same."""
+    return " ".join(
+        NEGATIONS[word.lower()] if word.lower() in NEGATIONS and random.random() < strength else word
+        for word in text.split()
+    )
+
+
+def synonyms(text: str, strength: float, random: np.random.Generator) -> str:
+    """`strength` of the words that are in our list replaced by another that can stand for them."""
+    return re.sub(
+        r"[A-Za-z]+",
+        lambda m: SYNONYMS[m[0].lower()] if m[0].lower() in SYNONYMS and random.random() < strength else m[0],
+        text,
+    )
+
+
+def truncation(text: str, strength: float, random: np.random.Generator) -> str:
+    """The last `strength` of the words cut off; one is always left."""
+    words = text.split()
+    return " ".join(words[: max(1, round(len(words) * (1 - strength)))])
+
+
+def word_order(text: str, strength: float, random: np.random.Generator) -> str:
+    """`strength` of the words put in random order among themselves."""
+    words = text.split()
+    moved = np.flatnonzero(random.random(len(words)) < strength)
+    shuffled = words.copy()
+    for place, source in zip(moved, random.permutation(moved), strict=True):
+        shuffled[place] = words[source]
+    return " ".join(shuffled)
+
+
+def foreign_characters(text: str, strength: float, random: np.random.Generator) -> str:
+    """`strength` of the words written with Cyrillic letters that look the same."""
+    return " ".join(word.translate(LOOKALIKES) if random.random() < strength else word for word in text.split())
+
+
+CHANGES: dict[str, Change] = {
+    function.__name__.replace("_", " "): function
+    for function in (typos, case, punctuation, negation, synonyms, truncation, word_order, foreign_characters)
+}
+
+
+def changed(texts: Sequence[str], change: str, strength: float, seed: int) -> list[str]:
+    """Every text with one kind of change at a strength from 0 (as it was) to 1; equal for equal seeds."""
+    random = np.random.default_rng(seed)
+    return [CHANGES[change](text, strength, random) if strength else text for text in texts]
+
+
+def steadiness(
+    answer: Callable[[list[str]], np.ndarray],
+    texts: Sequence[str],
+    labels: Sequence[int],
+    strengths: Sequence[float],
+    seed: int,
+) -> pd.DataFrame:
+    """Accuracy on changed texts: one row a kind of change, one column a strength.
+
+    Args:
+        answer: texts -> predicted classes
+    """
+    texts, labels, found = list(texts), np.asarray(labels), {}
+    unchanged = float((answer(texts) == labels).mean()) if 0 in strengths else None
+    for change in tqdm(CHANGES, desc="changes", leave=False):
+        found[change] = [
+            unchanged if not strength else float((answer(changed(texts, change, strength, seed)) == labels).mean())
+            for strength in strengths
+        ]
+    return pd.DataFrame.from_dict(found, orient="index", columns=list(strengths))
+
+
+# Who or where a text is about should not change what it is about. Sentences and lists were written for this project.
+TEMPLATES = [
+    "{name} said {pronoun} would buy more shares of the {place} bank this year",
+    "the company named {name} of {place} as its new chairman, and {pronoun} will join in april",
+    "{name}, a trader in {place}, said {pronoun} expects crude oil prices to rise",
+    "{name} told reporters in {place} that {pronoun} sees no cut in interest rates",
+    "{pronoun} said the wheat harvest near {place} was the best that {name} had seen",
+    "exports from {place} fell, said {name}, and {pronoun} blamed the new tariff",
+]
+
+
+GROUPS = {
+    "name": {
+        "female, English": ["Mary Smith", "Emma Johnson"],
+        "male, English": ["John Smith", "David Johnson"],
+        "female, Chinese": ["Li Na", "Wang Fang"],
+        "male, Chinese": ["Zhang Wei", "Li Qiang"],
+        "female, Arabic": ["Fatima Hassan", "Aisha Ali"],
+        "male, Arabic": ["Omar Hassan", "Ahmed Ali"],
+    },
+    "place": {
+        "Europe": ["Paris", "Oslo"],
+        "North America": ["Chicago", "Toronto"],
+        "Asia": ["Shanghai", "Jakarta"],
+        "Africa": ["Lagos", "Nairobi"],
+        "South America": ["Lima", "Quito"],
+    },
+}
+
+
+def swapped() -> list[dict[str, str]]:
+    """Every template with every name and place: `template`, `group of names`, `group of places`, `text`."""
+    return [
+        {
+            "template": template,
+            "names": names,
+            "places": places,
+            "text": template.format(name=name, place=place, pronoun="she" if names.startswith("female") else "he"),
+        }
+        for template in TEMPLATES
+        for names, people in GROUPS["name"].items()
+        for name in people
+        for places, towns in GROUPS["place"].items()
+        for place in towns
+    ]

@@ -1,0 +1,47 @@
+"""Files: written atomically, JSON."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmprod import LLMProdError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or folder to, which takes its place when the block ends without an error.
+
+    So a reader sees the old content or the new one, never a part; what a killed run left is overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.writing")
+    remove(temporary)
+    yield temporary
+    if temporary.is_dir():  # a folder can't be renamed onto one that holds something
+        remove(path)
+    os.replace(temporary, path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON file. Raises LLMProdError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LLMProdError(f"{path} can't be read ({error}). Delete it and run again.") from error

@@ -1,0 +1,1 @@
+"""02_finetune: what is trained, on what, and how."""

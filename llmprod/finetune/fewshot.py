@@ -1,0 +1,130 @@
+"""Learning from few labels: choosing them, class vectors set before training, contrastive pairs, pseudo-labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from llmprod.machine import device_and_precision
+from llmprod.models import Classifier, ModelError, infer, model_folder, readable
+
+STRATEGIES = ("plain", "prototypes", "contrastive", "self-training", "prompt")
+
+
+TEMPERATURE = 0.5  # sharpens a teacher's beliefs
+
+
+LABELLED_TIMES = 3  # how often a labelled text counts beside a pseudo-labelled one
+
+
+def choose(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
+    """`shots` random texts of each class, and the other texts; all of them, and none, where `shots` is 0.
+
+    Raises ModelError where a class has fewer than one text.
+    """
+    if shots <= 0:
+        return train, train.select([])
+    labels = np.array(train["label"])
+    random = np.random.default_rng(seed)
+    chosen = np.concatenate([random.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)])
+    rest = np.setdiff1d(np.arange(len(labels)), chosen)
+    return train.select(np.sort(chosen)), train.select(rest)
+
+
+def set_prototypes(
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    precision: str = "auto",
+) -> None:
+    """Sets each class's vector in a cosine head to the sum of its name's vector and the mean of its texts' vectors.
+
+    All of length 1 before they are added (prototypes as in Snell et al. 2017). With no texts at all this is the
+    zero-shot classifier: the class whose name lies nearest. Raises ModelError for a head that is not "cosine".
+    """
+    if classifier.config.head != "cosine":
+        raise ModelError(f"Prototypes need a classifier with head='cosine', this one has '{classifier.config.head}'.")
+    names = [readable(classifier.config.id2label[k]) for k in range(classifier.config.num_labels)]
+    vectors = infer(classifier, tokenizer, [*names, *texts], precision=precision)[1]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    prototypes, of_texts, labels = vectors[: len(names)].copy(), vectors[len(names) :], np.asarray(labels, dtype=int)
+    for k in np.unique(labels):
+        mean = of_texts[labels == k].mean(axis=0)
+        prototypes[k] += mean / np.linalg.norm(mean)
+    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
+    with torch.no_grad():
+        classifier.classifier.weight.copy_(torch.from_numpy(prototypes))
+
+
+def pseudo_labelled(logits: np.ndarray, labelled: Dataset, unlabelled: Dataset) -> Dataset:
+    """What a student learns from: labelled texts (several times) and a teacher's beliefs about the unlabelled ones.
+
+    Beliefs are the softmax of `logits` (unlabelled texts, classes) at a temperature below 1, kept as they are (soft
+    labels, as in noisy student training, Xie et al. 2020). The column `labels` holds a probability for every class.
+    """
+    beliefs = torch.softmax(torch.from_numpy(logits) / TEMPERATURE, dim=-1).numpy()
+    certain = np.eye(logits.shape[1], dtype=np.float32)[np.array(labelled["labels"], dtype=int)]
+    parts = [
+        part.remove_columns("labels").add_column("labels", list(targets))
+        for part, targets in ((labelled, certain), (unlabelled, beliefs))
+    ]
+    return concatenate_datasets([parts[0]] * LABELLED_TIMES + [parts[1]])
+
+
+def contrast(
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    folder: str,
+    seed: int,
+    pairs: int = 5,
+    batch_size: int = 32,
+    learning_rate: float = 5e-5,
+    precision: str = "auto",
+) -> None:
+    """Trains the encoder, in place, on pairs of texts: cosine 1 within a class and 0 across (SetFit's first phase).
+
+    Each text is paired `pairs` times with one of its class and as often with one of another (Tunstall et al. 2022),
+    by sentence-transformers' CosineSimilarityLoss. The head is not touched.
+    """
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    random, labels = np.random.default_rng(seed), np.asarray(labels)
+    rows = {"sentence1": [], "sentence2": [], "label": []}
+    for i, label in enumerate(labels):
+        same, other = np.flatnonzero(labels == label), np.flatnonzero(labels != label)
+        for target, candidates in ((1.0, same[same != i]), (0.0, other)):
+            for j in random.choice(candidates, pairs) if len(candidates) else []:
+                rows["sentence1"].append(texts[i])
+                rows["sentence2"].append(texts[int(j)])
+                rows["label"].append(target)
+    device, precision, _ = device_and_precision(precision)
+    transformer = Transformer(str(model_folder(classifier.name_or_path)), max_seq_length=tokenizer.model_max_length)
+    transformer.model = classifier.encoder
+    sentences = SentenceTransformer(modules=[transformer, Pooling(classifier.config.hidden_size)], device=str(device))
+    arguments = SentenceTransformerTrainingArguments(
+        folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
+        bf16=precision == "bf16",
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    SentenceTransformerTrainer(
+        model=sentences, args=arguments, train_dataset=Dataset.from_dict(rows), loss=CosineSimilarityLoss(sentences)
+    ).train()

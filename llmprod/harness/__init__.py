@@ -1,0 +1,1 @@
+"""Runs notebooks and studies, tracks them, and judges their results."""

@@ -1,0 +1,187 @@
+"""Runs the notebooks headless: papermill, the provenance stamp, reference runs over seeds."""
+
+import contextlib
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+
+from llmprod import files, machine, paths
+from llmprod.harness import pipeline, results
+from llmprod.harness.pipeline import RunError, declared, fingerprint, settings, source_hash, with_upstream
+
+
+def is_fresh(notebook: str, injected: Mapping[str, dict], folder: Path) -> bool:
+    """Whether a folder holds this notebook's results for exactly what they depend on today."""
+    stamp = folder / "work" / notebook / "done.json"
+    if not stamp.exists() or not (folder / "results" / f"{notebook}.json").exists():
+        return False
+    return files.read_json(stamp)["fingerprint"] == fingerprint(notebook, injected)
+
+
+# Running
+
+
+def run(notebooks: list[str], profile_name: str, parameters: Mapping[str, object], folder: Path) -> bool:
+    """Runs notebooks in order, those left out that are fresh. Returns whether any ran."""
+    injected, ran = settings(profile_name, parameters), False
+    for number, notebook in enumerate(notebooks, 1):
+        label = f"[{number}/{len(notebooks)}] {notebook}"
+        if is_fresh(notebook, injected, folder):
+            print(f"{label}: nothing has changed", flush=True)
+        else:
+            execute(notebook, injected, folder, label)
+            ran = True
+    return ran
+
+
+def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: str) -> None:
+    """Runs one notebook with papermill, and stamps the executed copy and its results with their provenance.
+
+    Raises RunError where a cell fails; the executed copy with its traceback stays in the folder.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    target, stamp = folder / f"{notebook}.ipynb", fingerprint(notebook, injected)
+    done, result = folder / "work" / notebook / "done.json", folder / "results" / f"{notebook}.json"
+    for outdated in (done, result):  # so that no verdict is given on the results of an earlier state
+        outdated.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    try:
+        with environment(LLMPROD_RUN=str(folder)), tempfile.TemporaryDirectory(prefix="llmprod-") as sockets:
+            ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+            papermill.execute_notebook(
+                paths.NOTEBOOKS / f"{notebook}.ipynb",
+                target,
+                injected[notebook],
+                kernel_name="python3",
+                progress_bar={"desc": label},
+                start_timeout=120,
+                execution_timeout=pipeline.pipeline()[notebook]["timeout"],
+                cwd=os.getcwd(),
+                config=Config({"KernelManager": ipc} if os.name == "posix" else {}),
+            )
+    except PapermillExecutionError as error:
+        tidy(target)
+        raise RunError(
+            f"{notebook} stopped in cell {error.cell_index}: {plain_text(error.ename)}: {plain_text(error.evalue)}\n"
+            f"The executed copy is {shown(target)}; the next run resumes with this notebook."
+        ) from None
+    except (TimeoutError, RuntimeError) as error:  # a cell ran too long, or the kernel died
+        tidy(target)
+        raise RunError(
+            f"{notebook} stopped: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
+            f"The executed copy is {shown(target)}; the next run resumes with this notebook."
+        ) from None
+    recorded = files.read_json(result)
+    asked = (declared(notebook) | injected[notebook]).get("precision", "auto")
+    device, precision, reason = machine.device_and_precision(asked)
+    provenance = {
+        "source": source_hash(notebook),
+        "parameters": injected[notebook],
+        "commit": machine.git_commit(),
+        "versions": machine.versions(machine.SHOWN),
+        "machine": machine.describe(),
+        "device": f"{device.type}, {precision}: {reason}",
+        "minutes": round((time.time() - started) / 60, 2),
+        "peak memory, MB": recorded["speeds"]["peak memory, MB"],
+    }
+    tidy(target, provenance)
+    files.write_json(result, recorded | {"provenance": provenance})
+    to_html(target)
+    files.write_json(done, {"fingerprint": stamp})
+
+
+@contextlib.contextmanager
+def environment(**variables: str):
+    """Sets environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
+    """Takes this machine's paths and the clock times out of an executed notebook, and puts the provenance in."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata["llmprod"] = provenance or {}
+    for cell in notebook.cells:
+        for name in ("papermill", "execution"):
+            cell.metadata.pop(name, None)
+    nbformat.write(notebook, path)
+
+
+def to_html(path: Path) -> None:
+    """Writes the web page of an executed notebook beside it."""
+    from nbconvert import HTMLExporter
+
+    path.with_suffix(".html").write_text(HTMLExporter().from_filename(str(path))[0], encoding="utf-8")
+
+
+def plain_text(text: str) -> str:
+    """Text without terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text or "")
+
+
+def shown(path: Path) -> str:
+    """A path as the user would write it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def ensure(notebook: str) -> Path:
+    """For a notebook's use: the work folder of one it builds on, which is run first where it was not yet."""
+    folder = paths.run_folder()
+    if not (folder / "results" / f"{notebook}.json").exists():
+        print(f"{notebook} has not run in {folder.name} yet; running it first")
+        run(
+            with_upstream(notebook),
+            folder.name if (paths.PROFILES / f"{folder.name}.yaml").exists() else "cpu",
+            {},
+            folder,
+        )
+    return folder / "work" / notebook
+
+
+def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
+    """Where a run goes: `reports/<profile>`, or a folder of its own under `runs/` where parameters are set."""
+    if not parameters:
+        return paths.REPORTS / profile_name
+    words = "-".join(f"{k}={v}" for k, v in sorted(parameters.items()))
+    name = re.sub(r"[^\w=.-]+", "_", f"{profile_name}-{words}")
+    digest = hashlib.sha256(words.encode()).hexdigest()[:6]
+    return paths.RUNS / (name if len(name) < 80 else f"{name[:70]}-{digest}")
+
+
+def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -> Path:
+    """Runs the pipeline for every seed (those done are skipped), and writes `reports/reference/<profile>.json`.
+
+    Then runs the profile itself, whose notebooks end with their verdict. With `notebook` only that one and what it
+    needs are measured, and the others' numbers stay.
+    """
+    everything = list(pipeline.pipeline())
+    notebooks = with_upstream(notebook) if notebook else everything
+    folders = {seed: paths.RUNS / "reference" / profile_name / f"seed-{seed}" for seed in seeds}
+    for seed, folder in folders.items():
+        print(f"seed {seed}", flush=True)
+        run(notebooks, profile_name, {"seed": seed}, folder)
+    found = {seed: results.results(folder) for seed, folder in folders.items()}
+    target = paths.REFERENCE / f"{profile_name}.json"
+    summaries = {name: results.summarise([found[seed][name] for seed in seeds]) for name in notebooks}
+    if notebook:
+        summaries = results.reference(profile_name) | summaries
+    measured = {name: summaries[name] for name in everything if name in summaries}
+    files.write_json(target, {"profile": profile_name, "seeds": seeds, "notebooks": measured})
+    run(everything, profile_name, {}, paths.REPORTS / profile_name)
+    return target

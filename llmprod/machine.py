@@ -1,0 +1,134 @@
+"""The machine: device, precision, threads, seeds, versions, memory."""
+
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import AbstractContextManager
+from functools import cache
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.functional import linear
+
+from llmprod import LLMProdError, paths
+
+
+def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, str]:
+    """Where to compute and in what number format, and why.
+
+    Args:
+        precision: "fp32", "bf16" (matrix products in bfloat16, weights and everything else in float32), or "auto":
+            bf16 where it is the faster one here (see `bf16_is_faster`)
+
+    Returns device, precision and the reason for the two, for people to read.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise LLMProdError(f"precision is '{precision}'; use 'auto', 'fp32' or 'bf16'.")
+    if torch.cuda.is_available():
+        device, name, faster = torch.device("cuda"), torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
+    elif torch.backends.mps.is_available():
+        device, name, faster = torch.device("mps"), "Apple GPU", False
+    else:
+        can, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
+        device, name = torch.device("cpu"), f"{can.get('cpu_name') or can.get('architecture')}, {threads} threads"
+        faster = precision == "auto" and bf16_is_faster()
+    if precision == "auto":
+        speed = "faster" if faster else "not faster"
+        return device, "bf16" if faster else "fp32", f"{name}; matrix products in bfloat16 are {speed} here"
+    return device, precision, f"{name}; {precision} was asked for"
+
+
+@cache
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, by a measurement of milliseconds.
+
+    Instructions for bfloat16 alone don't tell: some processors run them at half the speed of float32, others at twice
+    to four times. Where there are none, nothing is measured.
+    """
+    can = torch.cpu.get_capabilities()
+    if not (can.get("avx512_bf16") or can.get("amx_bf16")):
+        return False
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(5):
+        for dtype, found in seconds.items():
+            rows, weights = torch.ones(1024, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+            linear(rows, weights)  # the first call prepares the kernel
+            started = time.perf_counter()
+            linear(rows, weights)
+            found.append(time.perf_counter() - started)
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which a forward pass uses the precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+SHOWN = ("torch", "transformers", "datasets", "scikit-learn", "pandas", "numpy")
+
+
+def quiet() -> None:
+    """No warnings and bars of loading weights, which takes no time; training keeps its own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+
+
+def set_threads() -> None:
+    """Lets PyTorch use every processor that this process may use."""
+    torch.set_num_threads(cores())
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch and asks for deterministic kernels.
+
+    On a CPU two runs on one machine then give equal numbers; on a GPU a few kernels have no deterministic form.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """The installed version of each package."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def describe() -> str:
+    """The machine in words: processor or GPU, cores, memory, system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities().get("cpu_name")
+    return f"{name or platform.machine()}, {cores()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def git_commit() -> str:
+    """The commit of the checkout, with a plus where files differ from it; "none" outside of a checkout."""
+    try:
+        command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in MB (of the GPU where one is used)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

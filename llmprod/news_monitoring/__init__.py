@@ -1,0 +1,1 @@
+"""14_news_monitoring: a stream of news, watched for surges of bad news."""

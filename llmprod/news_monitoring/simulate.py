@@ -1,0 +1,252 @@
+"""How good a detector is: simulated streams, operating curves, paired comparisons."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.signal import lfilter
+
+from llmprod.news_monitoring.documents import DAY
+from llmprod.news_monitoring.surge import Evidence, SurgeError, height, part_of_day, rarity, switch
+
+# What it is compared with: functions of the whole stream; `values` are probabilities or labels (streams, documents)
+
+
+def share(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the last `window` documents, for an alarm at a fixed threshold; -inf before there are as many."""
+    total = np.pad(np.cumsum(values, axis=1, dtype=float), ((0, 0), (1, 0)))
+    means = (total[:, window:] - total[:, :-window]) / window
+    return np.pad(means, ((0, 0), (window - 1, 0)), constant_values=-np.inf)
+
+
+def z_score(values: np.ndarray, window: int, past: int) -> np.ndarray:
+    """How many standard errors the last `window` documents are above the `past` before them; -inf until there are."""
+    mean, square = share(values, past), share(values**2, past)
+    with np.errstate(invalid="ignore"):
+        # without the floor a past without any negative document divides by 0
+        error = np.sqrt(np.maximum(square - mean**2, 0.01) / window)
+        z = (share(values, window)[:, window:] - mean[:, :-window]) / error[:, :-window]
+    return np.pad(np.where(np.isfinite(z), z, -np.inf), ((0, 0), (window, 0)), constant_values=-np.inf)
+
+
+def ewma(values: np.ndarray, weight: float, centre: float) -> np.ndarray:
+    """The exponentially weighted mean, less its centre, from which it starts (Roberts 1959)."""
+    return lfilter([weight], [1, weight - 1], values - centre, axis=1)
+
+
+# Simulation
+
+
+class Streams(NamedTuple):
+    """Streams of one topic (streams, documents): `scores`, numbers of the `documents`, `negative`, `times` (seconds).
+
+    starts: where each surge starts (streams,)
+    """
+
+    scores: np.ndarray
+    starts: np.ndarray
+    documents: np.ndarray
+    negative: np.ndarray
+    times: np.ndarray
+
+
+def simulate(
+    scores: np.ndarray,
+    negative: np.ndarray,
+    weeks: int,
+    per_week: int,
+    baseline: float | np.ndarray,
+    ratio: float,
+    length: int,
+    rng: np.random.Generator,
+    history: int = 0,
+    volume: Sequence[float] = (1.0,),
+    daily: Sequence[float] = (1.0,),
+) -> Streams:
+    """Weeks of a topic, made of held-out documents, each with one surge of known start, size and length.
+
+    At each position the class is drawn, then a document of the class, with replacement.
+
+    Args:
+        scores, negative: a model's probability of being negative, and the truth, of held-out documents (n,)
+        weeks, per_week: streams, and documents in each after `history` quiet ones
+        baseline, ratio: share of negative documents, of all streams or of each (weeks,), and what it is multiplied by
+            in the surge; 1 for quiet streams. A share is 0.95 at most
+        length: documents of the surge, which lies in the week wholly, after at least one quiet document
+        volume, daily: by equal parts of the day, how many documents there are and how high the share is, relatively
+
+    Raises SurgeError if a surge doesn't fit into a week, or there are no documents of a class.
+    """
+    pools = [np.flatnonzero(~np.asarray(negative, dtype=bool)), np.flatnonzero(negative)]
+    if not 0 < length < per_week or not all(map(len, pools)):
+        raise SurgeError("A surge must be shorter than a week, and documents of both classes are needed.")
+    shape, (volume, daily) = (weeks, history + per_week), np.broadcast_arrays(volume, daily)
+    starts = history + rng.integers(1, per_week - length + 1, size=weeks)
+    # by a uniform clock first, which is then bent so that a day's documents fall into its parts by volume
+    clock = np.sort(rng.random(shape), axis=1) * 7 * shape[1] / per_week
+    edges = np.concatenate([[0], np.cumsum(volume) / np.sum(volume)])
+    times = DAY * (clock // 1 + np.interp(clock % 1, edges, np.linspace(0, 1, len(edges))))
+    factor = (daily / np.average(daily, weights=volume))[part_of_day(times, len(daily))]
+    position = np.arange(shape[1]) - starts[:, None]
+    raised = np.where((position >= 0) & (position < length), ratio, 1.0)
+    truth = rng.random(shape) < np.minimum(np.reshape(baseline, (-1, 1)) * factor * raised, 0.95)
+    documents = np.where(truth, rng.choice(pools[1], shape), rng.choice(pools[0], shape))
+    return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
+
+
+# Evaluation
+
+
+class Outcomes(NamedTuple):
+    """What a detector does at each threshold, first on the quiet streams, then on those with a surge.
+
+    false: alarms where there is no surge (streams, thresholds)
+    exposure: documents that could have raised one (streams,)
+    delays: documents from the first one of the surge to the alarm, both counted; inf without one (surges, thresholds)
+    thresholds: in ascending order
+    """
+
+    false: np.ndarray
+    exposure: np.ndarray
+    delays: np.ndarray
+    thresholds: np.ndarray
+
+    def rates(self, weights: np.ndarray) -> np.ndarray:
+        """False alarms for each document (..., thresholds), with each stream counted `weights` times (..., streams)."""
+        return weights @ self.false / (weights @ self.exposure)[..., None]
+
+
+def outcomes(
+    statistic_quiet: np.ndarray | Evidence,
+    statistic_surge: np.ndarray | Evidence,
+    starts: np.ndarray,
+    length: int,
+    thresholds: np.ndarray,
+    skip: int = 0,
+    release: float = 0.5,
+    cooldown: int = 0,
+) -> Outcomes:
+    """Plays `switch` through at every threshold, as the live detector does.
+
+    An alarm before the surge is false; it must end before there can be one that counts as a detection.
+
+    Args:
+        statistic_quiet, statistic_surge: a detector's (streams, documents), or a CUSUM's path without a ceiling, for
+            which a threshold is a `rarity` and the ceiling of the score, as it is live
+        starts, length: of the surges; only an alarm that is raised in the surge detects it
+        skip: documents at the beginning in which detectors warm up, and false alarms are not counted
+    """
+
+    def play(statistic: np.ndarray | Evidence, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        path = statistic if isinstance(statistic, Evidence) else None
+        values, limits = (path.score if path else statistic), thresholds
+        shape, begin = (len(values), len(thresholds)), starts[:, None]
+        on, wait = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=int)
+        false, delays = np.zeros(shape), np.full(shape, np.inf)
+        level, before = np.zeros(shape), np.zeros((shape[0], 1))
+        for position, column in enumerate(values.T[:, :, None]):
+            if path:
+                limits = height(thresholds, path.baseline[:, position, None], path.settings)
+            # a CUSUM with a ceiling moves as one without, for it is the lower of the two and so at 0 whenever that is
+            level = np.clip(level + column - before, 0, limits) if path else column
+            on, wait, raised = switch(on, wait, level, limits, release, cooldown)
+            before = column
+            false += raised & (skip <= position) & (position < begin)
+            inside = raised & (begin <= position) & (position < begin + length)
+            delays = np.where(inside & np.isinf(delays), position - begin + 1, delays)
+        return false, delays
+
+    thresholds = np.sort(np.asarray(thresholds, dtype=float))
+    quiet = statistic_quiet.score if isinstance(statistic_quiet, Evidence) else statistic_quiet
+    ends = np.full(len(quiet), quiet.shape[1])
+    false, (early, delays) = play(statistic_quiet, ends)[0], play(statistic_surge, starts)
+    exposure = np.maximum(np.concatenate([ends, starts]) - skip, 0)
+    return Outcomes(np.concatenate([false, early]), exposure, delays, thresholds)
+
+
+def levels(statistic_quiet: np.ndarray | Evidence, skip: int = 0, number: int = 101) -> np.ndarray:
+    """Thresholds worth trying: quantiles of the highest value in each quiet stream, so that there are few alarms.
+
+    The last one is infinite and so never raises any: however few false alarms are asked for, one keeps to them.
+    """
+    values = rarity(*statistic_quiet) if isinstance(statistic_quiet, Evidence) else statistic_quiet
+    highest = values[:, skip:].max(axis=1)
+    return np.append(np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number))), np.inf)
+
+
+def operating_curve(played: Outcomes, documents_per_week: float, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
+    """False alarms against delay: a row for each threshold, with 95 % bootstrap intervals over streams.
+
+    Columns: `threshold`; `false alarms a week`; `median delay` in documents of the topic, over all surges, of which
+    one that is not detected counts as inf; `detected`, the share of surges; and each of the three with `, low` and
+    `, high`.
+    """
+    rng, streams, surges = np.random.default_rng(seed), len(played.false), len(played.delays)
+    weights = rng.multinomial(streams, np.full(streams, 1 / streams), resamples)
+    draws, found = rng.integers(0, surges, (resamples, surges)), np.isfinite(played.delays)
+
+    def resampled(summary: Callable, values: np.ndarray) -> np.ndarray:
+        # one threshold at a time, or the drawn values would fill the memory
+        return np.stack([summary(column[draws], axis=1) for column in values.T], axis=1)
+
+    rates = [documents_per_week * played.rates(w) for w in (np.ones(streams), weights.astype(float))]
+    columns = {
+        "false alarms a week": rates,
+        "median delay": (np.median(played.delays, axis=0), resampled(np.median, played.delays)),
+        "detected": (found.mean(axis=0), resampled(np.mean, found)),
+    }
+    table = {"threshold": played.thresholds}
+    for name, (value, drawn) in columns.items():
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest")  # inf can't be interpolated
+        table |= {name: value, f"{name}, low": low, f"{name}, high": high}
+    return pd.DataFrame(table)
+
+
+def _lowest(rates: np.ndarray, most: float) -> int:
+    """The number of the lowest threshold from which on rates are at most `most`; SurgeError if there is none.
+
+    Not simply the first: under it an alarm may never end, so that there are few of them as well.
+    """
+    if rates[-1] > most:
+        raise SurgeError(f"No threshold keeps to {most} false alarms a week; try higher ones.")
+    return int(np.append(np.flatnonzero(rates > most), -1).max()) + 1
+
+
+def delay_at(curve: pd.DataFrame, false_alarms: float = 1.0) -> pd.Series:
+    """The row of an operating curve whose threshold is the lowest to keep to so many false alarms a week.
+
+    Raises SurgeError if none does.
+    """
+    return curve.iloc[_lowest(curve["false alarms a week"].to_numpy(), false_alarms)]
+
+
+def compare(
+    one: Outcomes,
+    other: Outcomes,
+    documents_per_week: float,
+    false_alarms: float = 1.0,
+    resamples: int = 500,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The difference of median delays (one - other) at equal false alarms a week, and its 95 % bootstrap interval.
+
+    Both detectors saw the same streams, which are resampled in pairs; each resample chooses the thresholds anew. It is
+    NaN where neither detects half of the surges. Raises SurgeError if no threshold keeps to the false alarms.
+    """
+    quiet, surges = len(one.false) - len(one.delays), len(one.delays)
+
+    def delay(played: Outcomes, weights: np.ndarray, rows: np.ndarray) -> float:
+        chosen = _lowest(documents_per_week * played.rates(weights), false_alarms)
+        return float(np.median(played.delays[rows, chosen]))
+
+    def difference(quiet_rows: np.ndarray, rows: np.ndarray) -> float:
+        drawn = np.bincount(np.concatenate([quiet_rows, quiet + rows]), minlength=quiet + surges).astype(float)
+        first, second = delay(one, drawn, rows), delay(other, drawn, rows)
+        return math.nan if math.isinf(first) and math.isinf(second) else first - second
+
+    rng = np.random.default_rng(seed)
+    draws = [difference(rng.integers(0, quiet, quiet), rng.integers(0, surges, surges)) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975], method="nearest")
+    return difference(np.arange(quiet), np.arange(surges)), float(low), float(high)

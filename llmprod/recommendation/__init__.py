@@ -1,0 +1,1 @@
+"""13_recommendation: text-aware recommendation."""

@@ -1,0 +1,148 @@
+"""Catalogues to load: your own tables, or MovieLens-100K with the facts of Freebase joined to its films."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+from llmprod import artifacts, data
+from llmprod.recommendation.catalogues import FACTS, Catalogue, RecommendError, number
+
+RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: they say how a film was received later
+    "film.film.directed_by": "director",
+    "film.film.written_by": "writer",
+    "film.film.subjects": "subject",
+    "film.film.actor": "actor",
+    "film.film.cinematography": "cinematographer",
+    "film.film.produced_by": "producer",
+    "film.film.production_companies": "company",
+    "film.film.genre": "genre",
+    "film.film.rating": "certificate",
+    "film.film.country": "country",
+    "film.film.language": "language",
+}
+
+
+def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str = "") -> Catalogue:
+    """A catalogue: the artifact `movielens-100k`, or your own tables.
+
+    Args:
+        dataset: the artifact, or a file of interactions (.csv, .tsv, .jsonl, .parquet) with the columns user, item
+            and, if there are any, rating and time (in seconds)
+        items_file: a table of items with the columns item and text and, if there are any, title, year and genres
+        facts_file: if there is one, a table with the columns item, relation and entity (film 7, director, Ann Hui)
+
+    Raises RecommendError, or data.DataError, naming the file, for what can't be used.
+    """
+    if dataset in artifacts.registry():
+        if dataset != "movielens-100k":
+            raise RecommendError(f"The artifact '{dataset}' holds no interactions; use movielens-100k or a file.")
+        return movielens(artifacts.fetch(dataset), artifacts.fetch("movielens-titles"))
+    if not items_file:
+        raise RecommendError(f"{dataset}: set items_file to a table with the columns item and text.")
+    taken = data.read_table(Path(dataset).expanduser(), "utf-8")
+    items = data.read_table(Path(items_file).expanduser(), "utf-8")
+    facts = pd.DataFrame(columns=FACTS)
+    if facts_file:
+        facts = data.read_table(Path(facts_file).expanduser(), "utf-8")
+    for name, frame, needed in (
+        (dataset, taken, ["user", "item"]),
+        (items_file, items, ["item", "text"]),
+        (facts_file, facts, FACTS),
+    ):
+        if missing := [column for column in needed if column not in frame]:
+            raise RecommendError(
+                f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
+            )
+    if items["item"].duplicated().any():
+        raise RecommendError(
+            f"{items_file}: the item '{items['item'][items['item'].duplicated()].iloc[0]}' stands twice."
+        )
+    for name, frame in ((dataset, taken), (facts_file, facts)):
+        unknown = frame.loc[~frame["item"].isin(items["item"]), "item"]
+        if len(unknown):
+            raise RecommendError(
+                f"{name}: {unknown.nunique()} items are not in {items_file} (the first is '{unknown.iloc[0]}')."
+            )
+    items = items.reindex(columns=["item", "title", "year", "genres", "text"])
+    items["title"] = items["title"].fillna(items["text"])
+    items["genres"] = items["genres"].fillna("")
+    users = pd.DataFrame({"user": np.sort(taken["user"].unique())}).reindex(
+        columns=["user", "age", "gender", "occupation"]
+    )
+    taken = taken.reindex(columns=["user", "item", "rating", "time"])
+    return number(taken, items, users, facts)
+
+
+def movielens(folder: Path, titles: Path | None = None) -> Catalogue:
+    """MovieLens-100K; an item's text is its title, year and genres, its facts are those of Freebase.
+
+    The link file from films to Freebase numbers them as MovieLens-1M does (313 is linked to The Swan Princess, here it
+    is Titanic; github.com/RUCAIBox/RecSysDatasets/issues/130). `titles` is a folder with `movies.csv`, which has titles
+    in that numbering; without it the link file is believed, which is wrong and here to be compared. Entities are bare
+    identifiers: who directed is known, but not by name, so that facts are no part of the text.
+    """
+
+    def table(kind: str, *columns: str) -> pd.DataFrame:
+        return pd.read_csv(folder / f"ml-100k.{kind}", sep="\t", header=0, names=columns, keep_default_na=False)
+
+    items = table("item", "item", "title", "year", "genres").sort_values("item").reset_index(drop=True)
+    items["year"] = pd.to_numeric(items["year"], errors="coerce")
+    items["text"] = [
+        f"{title}{'' if pd.isna(year) else f' ({year:.0f})'}. {genres}."
+        for title, year, genres in zip(items["title"], items["year"], items["genres"], strict=True)
+    ]
+    users = table("user", "user", "age", "gender", "occupation", "zip").sort_values("user").reset_index(drop=True)
+    known = items["item"] if titles is None else same_films(items, pd.read_csv(titles / "movies.csv"))
+    linked = table("link", "item", "entity").set_index("item")["entity"]
+    facts = freebase(table("kg", "head", "relation", "tail"), known.map(linked).set_axis(items["item"]).dropna())
+    return number(table("inter", "user", "item", "rating", "time"), items, users.drop(columns="zip"), facts)
+
+
+def names(title: str) -> set[str]:
+    """The names of a film in one form: "Postino, Il (Postman, The)" has two, `ilpostino` and `thepostman`.
+
+    Without case, accents and punctuation, articles in front; what stands in brackets is a name of its own.
+    """
+    found = set()
+    for name in re.split(r"[()]", title):
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower().strip()
+        name = re.sub(r"^(.*), (the|an?|l[ae]|les|l'|il|el|das|de[rn]|die|los)$", r"\2\1", name.removeprefix("a.k.a. "))
+        found.add(re.sub(r"[^a-z0-9]", "", name.replace("&", "and")))
+    return found - {""}
+
+
+def same_films(items: pd.DataFrame, movies: pd.DataFrame) -> pd.Series:
+    """The number in `movies` (movieId, title with year) of each item (title, year), empty where it has none.
+
+    The same film has a name in common, and a year that differs by one at most; of several, the nearest year counts.
+    """
+    title = movies["title"].str.extract(r"^(?P<title>.*\S)\s*\((?P<year>\d{4})\)\s*$")
+    theirs = movies.assign(name=title["title"].fillna("").map(names), year=pd.to_numeric(title["year"])).explode("name")
+    ours = pd.DataFrame({"item": items.index, "name": items["title"].map(names), "year": items["year"]}).explode("name")
+    pairs = ours.merge(theirs[["movieId", "name", "year"]], on="name", suffixes=("", " there"))
+    pairs["apart"] = (pairs["year"] - pairs["year there"]).abs()
+    pairs = pairs[pairs["apart"] <= 1].sort_values(["item", "apart", "movieId"]).drop_duplicates("item")
+    return pairs.set_index("item")["movieId"].reindex(items.index)
+
+
+def freebase(triples: pd.DataFrame, linked: pd.Series) -> pd.DataFrame:
+    """Facts about items from triples (head, relation, tail) and each item's own entity in them.
+
+    Films that are sequels of one another, by whatever way, have the same `series`.
+    """
+    sequels = triples[triples["relation"] == "film.film.sequel"]
+    codes, films = pd.factorize(pd.concat([sequels["head"], sequels["tail"]]))
+    edges = csr_matrix((np.ones(len(sequels)), codes.reshape(2, -1)), shape=(len(films), len(films)))
+    series = connected_components(edges, directed=False)[1]
+    said = pd.DataFrame({"head": films, "relation": "series", "tail": [f"series {number}" for number in series]})
+    plain = triples[triples["relation"].isin(RELATIONS)]
+    said = pd.concat([said, plain.assign(relation=plain["relation"].map(RELATIONS))])
+    facts = linked.rename("head").rename_axis("item").reset_index().merge(said, on="head")
+    facts = facts.rename(columns={"tail": "entity"})
+    order = facts["relation"].map({relation: i for i, relation in enumerate(["series", *RELATIONS.values()])})
+    return facts.iloc[np.lexsort([facts["item"], order])][FACTS]
