@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     watch.add_argument(
         "--alert", action="append", help="console (default), wandb, a webhook's address, or a file.jsonl (repeatable)"
     )
-    watch.add_argument("--models", default="", help="what 12_financial_sentiment saved; by default in profile cpu")
+    watch.add_argument("--models", default="", help="what 14_news_monitoring saved; by default in profile cpu")
     watch.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster on a processor"
     )

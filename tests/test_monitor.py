@@ -249,7 +249,7 @@ def test_an_unknown_channel_is_named(word):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What `12_financial_sentiment` saves, from a minute's training on real ratings: one encoder with two heads."""
+    """What `14_news_monitoring` saves, from a minute's training on real ratings: one encoder with two heads."""
     table = sentiment.load()
     train, validation, _ = sentiment.halves(table, seed=0)
     train = train.head(500)
@@ -283,7 +283,7 @@ def test_the_scorer_reads_what_was_saved(trained):
     assert [score["topic"] for score in small] == [score["topic"] for score in (bad, good, ship, mixed)]
     assert small[0]["negative"] > small[1]["negative"] + 0.2
     assert monitor.Scorer(trained)([]) == []
-    with pytest.raises(monitor.MonitorError, match="12_financial_sentiment"):
+    with pytest.raises(monitor.MonitorError, match="14_news_monitoring"):
         monitor.Scorer(trained / "nowhere")
 
 

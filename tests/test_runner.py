@@ -100,7 +100,7 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
     assert not stale(smoke_run), "prose is no code"
     notebook.cells[-1].source += "\n1 + 1"
     nbformat.write(notebook, path)
-    assert stale(smoke_run) == {"02_finetune", "03_evaluate", "12_financial_sentiment"}
+    assert stale(smoke_run) == {"02_finetune", "03_evaluate", "14_news_monitoring"}
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,16 @@
 
 import ast
 import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from llmprod import LLMProdError, artifacts, data
+from llmprod import LLMProdError, artifacts, data, files
 from llmprod.evaluate import metrics
 
 CLASSES = ("negative", "neutral", "positive")
@@ -167,3 +168,27 @@ def thresholds(ratings: np.ndarray, sentiment: np.ndarray) -> tuple[float, float
     grid = np.linspace(-0.6, 0.6, 25)
     pairs = [(low, high) for low in grid for high in grid if low < high]
     return max(pairs, key=lambda pair: weighted_f1(sentiment, to_class(ratings, *pair)))
+
+
+# What the notebook leaves for others to build on
+
+
+def save(
+    folder: Path,
+    negative: Negative,
+    thresholds: tuple[float, float],
+    validation: pd.DataFrame,
+    test: pd.DataFrame,
+) -> None:
+    """Writes calibration, thresholds and the model's ratings (`predicted`) of the held-out texts into a folder."""
+    files.write_json(folder / "sentiment.json", {"negative": asdict(negative), "thresholds": list(thresholds)})
+    for name, rows in (("validation", validation), ("test", test)):
+        with files.atomic(folder / f"{name}.parquet") as temporary:
+            rows[["text", "rating", "sentiment", "predicted"]].to_parquet(temporary)
+
+
+def saved(folder: Path) -> tuple[Negative, tuple[float, float], pd.DataFrame, pd.DataFrame]:
+    """What `save` wrote: calibration, thresholds, validation and test texts."""
+    settings = files.read_json(folder / "sentiment.json")
+    validation, test = (pd.read_parquet(folder / f"{name}.parquet") for name in ("validation", "test"))
+    return Negative(**settings["negative"]), tuple(settings["thresholds"]), validation, test

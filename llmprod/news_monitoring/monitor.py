@@ -23,7 +23,7 @@ class MonitorError(LLMProdError):
     """A monitor can't start or go on as it was asked to."""
 
 
-# The model: what `12_financial_sentiment` saves, and what reads it
+# The model: what `14_news_monitoring` saves, and what reads it
 
 
 def save_models(
@@ -56,8 +56,8 @@ def save_models(
 
 
 def default_models() -> Path:
-    """Where `12_financial_sentiment` leaves the models in the profile cpu."""
-    return paths.REPORTS / "cpu" / "work" / "12_financial_sentiment" / "models"
+    """Where `14_news_monitoring` leaves the models in the profile cpu."""
+    return paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
 
 
 def journal_file(name: str = "") -> Path:
@@ -79,7 +79,7 @@ class Scorer:
         """
         if not (folder / "monitor.json").is_file():
             raise MonitorError(
-                f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=12_financial_sentiment`, or "
+                f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=14_news_monitoring`, or "
                 "name another folder with --models."
             )
         settings = files.read_json(folder / "monitor.json")
