@@ -43,7 +43,7 @@ reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
 	$(LLMPROD) reproduce --profile $(PROFILE) --params '$(PARAMS)'
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 run: $(READY)  ## run NOTEBOOK (or all) with what it needs, in PROFILE, with PARAMS
 	$(LLMPROD) run --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'

@@ -81,8 +81,8 @@ def quiet() -> None:
 
 
 def set_threads() -> None:
-    """Lets PyTorch use every processor that this process may use."""
-    torch.set_num_threads(cores())
+    """Lets PyTorch use every processor that this process may use, or as many as $OMP_NUM_THREADS says."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or cores()))
 
 
 def cores() -> int:

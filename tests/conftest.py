@@ -9,6 +9,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two processes that share cores wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by themselves, for minutes
+
+
+def pytest_collection_modifyitems(items):
+    """Groups tests for the workers: those on the smoke run share it, those of a file share its fixtures.
+
+    What takes longest comes first, so that no worker ends with it.
+    """
+    for item in items:
+        long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")
+        group = "smoke" if "smoke_run" in item.fixturenames else long or item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    order = {"smoke": 0, **dict.fromkeys(RUNS_NOTEBOOKS, 1)}
+    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], 2))
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
