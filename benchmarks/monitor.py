@@ -37,7 +37,7 @@ def saved(folder: Path, layers: int, max_length: int) -> Path:
     del classifier.encoder.encoder.layer[layers:]
     classifier.config.num_hidden_layers = layers
     tokenizer.model_max_length = max_length
-    negative = sentiment.Negative(-3.0, 0.0, 0.5)
+    negative = sentiment.PlattScaling(-3.0, 0.0, 0.5)
     monitor.save_models(folder, None, (classifier, tokenizer), negative, (-0.1, 0.1), {"threshold": 114.0}, {}, "speed")
     return folder
 

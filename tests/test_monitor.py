@@ -251,7 +251,7 @@ def test_an_unknown_channel_is_named(word):
 def trained(tmp_path_factory):
     """What `14_news_monitoring` saves, from a minute's training on real ratings: one encoder with two heads."""
     table = sentiment.load()
-    train, validation, _ = sentiment.halves(table, seed=0)
+    train, validation, _ = sentiment.split_half(table, seed=0)
     train = train.head(500)
     feeling = multitask.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
     themes = [f"{theme} {i}" for i in range(20) for theme in ("quarterly profit and loss", "tanker and cargo ship")]
@@ -260,7 +260,7 @@ def trained(tmp_path_factory):
     rating = multitask.predict(*learnt, validation["text"].tolist())["sentiment"]
     folder = tmp_path_factory.mktemp("models")
     reference = {"length": [10, 20, 30], "rating": rating[:3].tolist(), "topic": ["earn", "ship", "earn"]}
-    negative = sentiment.calibrate(rating, validation["sentiment"] == 0)
+    negative = sentiment.PlattScaling.fit(rating, validation["sentiment"] == 0)
     detector = {"threshold": 40.0, "every": 70}
     monitor.save_models(folder, None, learnt, negative, (-0.1, 0.1), detector, reference, "a test")
     return folder

@@ -16,7 +16,7 @@ PLAIN = "The meeting is on Tuesday in the usual room."
 
 def test_ratings_give_the_published_figures():
     """Hutto & Gilbert 2014, table 4, NYT editorials: one person r .745 and F1 .65, VADER r .492 and F1 .55."""
-    table, person = sentiment.load(), sentiment.one_person()
+    table, person = sentiment.load(), sentiment.rater_agreement()
     assert len(table) == 5190
     assert person["r"] == pytest.approx(0.745, abs=0.002)
     assert person["F1"] == pytest.approx(0.65, abs=0.005)
@@ -30,14 +30,14 @@ def test_ratings_give_the_published_figures():
 
 def test_halves_share_no_text_and_groups_stay_together():
     table = sentiment.load()
-    parts = sentiment.halves(table, seed=1)
+    parts = sentiment.split_half(table, seed=1)
     assert sum(map(len, parts)) == len(table)
     assert not set(parts[0]["text"]) & set(parts[2]["text"])
     assert len(parts[2]) == pytest.approx(len(table) / 2, rel=0.03)
     assert set(parts[0]["group"]) & set(parts[2]["group"])
-    grouped = sentiment.halves(table, seed=1, by="group")
+    grouped = sentiment.split_half(table, seed=1, by="group")
     assert not set(grouped[0]["group"]) & set(grouped[2]["group"])
-    assert not parts[2].equals(sentiment.halves(table, seed=2)[2])
+    assert not parts[2].equals(sentiment.split_half(table, seed=2)[2])
 
 
 def test_own_file_with_words_and_with_numbers(tmp_path):
@@ -77,7 +77,7 @@ def test_lines_on_earnings():
         "th qtr net shr cts vs cts net vs": 0,
         "champion products approves stock split": -1,
     }
-    assert weak_labels.reported(list(told)).tolist() == list(told.values())
+    assert weak_labels.earnings_label(list(told)).tolist() == list(told.values())
     assert weak_labels.earnings("Operating loss narrowed to 3 mln") == 2
     assert weak_labels.earnings("Net sales fell by a tenth") == 0
     assert weak_labels.earnings("Costs rose") == 0
@@ -93,7 +93,7 @@ def test_votes_combined_are_beliefs_that_follow_agreement():
         {n: np.where(random.random(600) < right, truth, random.integers(0, 3, 600)) for n, right in names.items()}
     )
     voted[random.random(voted.shape) < 0.2] = weak_labels.NO_VOTE
-    beliefs = weak_labels.combine(voted)
+    beliefs = weak_labels.dawid_skene(voted)
     assert beliefs.shape == (600, 3)
     np.testing.assert_allclose(beliefs.sum(axis=1), 1)
     asked = voted["poor"] != weak_labels.NO_VOTE
@@ -103,7 +103,7 @@ def test_votes_combined_are_beliefs_that_follow_agreement():
 
 def test_a_text_without_votes_gets_the_mean_belief():
     voted = pd.DataFrame({"one": [0, 2, -1, 0], "other": [0, 2, -1, 0]})
-    beliefs = weak_labels.combine(voted)
+    beliefs = weak_labels.dawid_skene(voted)
     np.testing.assert_allclose(beliefs[2], beliefs[[0, 1, 3]].mean(axis=0), atol=1e-6)
 
 
@@ -136,13 +136,13 @@ def test_two_heads_on_one_encoder_learn(learnt):
 
 
 def test_other_domains_help_through_heads_of_their_own():
-    train = sentiment.halves(sentiment.load(), seed=0)[0].head(20)
+    train = sentiment.split_half(sentiment.load(), seed=0)[0].head(20)
     assert [task.name for task in multitask.rating_tasks(train)] == ["sentiment"]
     tasks = multitask.rating_tasks(train, borrowed=15)
     assert [task.name for task in tasks] == ["sentiment", "tweets", "amazon", "movies"]
     assert [len(task.texts) for task in tasks] == [20, 15, 15, 15]
     borrowed = {text for task in tasks[1:] for text in task.texts}
-    assert not borrowed & set(sentiment.halves(sentiment.load(part="tweets"), seed=0)[2]["text"])
+    assert not borrowed & set(sentiment.split_half(sentiment.load(part="tweets"), seed=0)[2]["text"])
     assert "nyt" in [task.name for task in multitask.rating_tasks(train, borrowed=5, part="movies")]
 
 
@@ -158,14 +158,14 @@ def test_calibration_gives_the_shares_that_it_promises():
     random = np.random.default_rng(0)
     ratings = random.normal(size=4000)
     negative = random.random(4000) < 1 / (1 + np.exp(2 * ratings + 0.5))
-    fitted = sentiment.calibrate(ratings[:2000], negative[:2000])
+    fitted = sentiment.PlattScaling.fit(ratings[:2000], negative[:2000])
     probability = fitted(ratings[2000:])
     for low in (0.1, 0.4, 0.7):
         some = (probability > low) & (probability < low + 0.2)
         assert negative[2000:][some].mean() == pytest.approx(probability[some].mean(), abs=0.06)
     assert fitted.share == negative[:2000].mean()
     with pytest.raises(sentiment.SentimentError, match="negative texts and others"):
-        sentiment.calibrate(ratings, np.zeros(4000, dtype=bool))
+        sentiment.PlattScaling.fit(ratings, np.zeros(4000, dtype=bool))
 
 
 def test_thresholds_undo_a_regression_to_the_mean():
@@ -173,6 +173,6 @@ def test_thresholds_undo_a_regression_to_the_mean():
     truth = random.normal(0, 1, 800)
     shrunk = 0.3 * truth + 0.2
     classes = sentiment.to_class(truth)
-    low, high = sentiment.thresholds(shrunk, classes)
+    low, high = sentiment.fit_thresholds(shrunk, classes)
     chosen = sentiment.weighted_f1(classes, sentiment.to_class(shrunk, low, high))
     assert chosen > sentiment.weighted_f1(classes, sentiment.to_class(shrunk)) + 0.05

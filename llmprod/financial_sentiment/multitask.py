@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmprod import machine, models
-from llmprod.financial_sentiment.sentiment import DOMAINS, halves, load
+from llmprod.financial_sentiment.sentiment import DOMAINS, load, split_half
 from llmprod.finetune.trainer import TokenBudget
 
 # An encoder with one head for each task
@@ -50,7 +50,7 @@ def rating_tasks(train: pd.DataFrame, borrowed: int = 0, part: str = "", seed: i
     tasks = [Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())]
     for domain in DOMAINS if borrowed else ():
         if domain != (part or "nyt"):
-            other = halves(load(part=domain), seed)[0].head(borrowed)
+            other = split_half(load(part=domain), seed)[0].head(borrowed)
             tasks.append(Task(domain, other["text"].tolist(), other["rating"].to_numpy()))
     return tasks
 

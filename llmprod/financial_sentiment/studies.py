@@ -26,7 +26,7 @@ def rating(parameters: Mapping[str, object]) -> dict:
     machine.set_threads()
     machine.quiet()
     table = sentiment.load(parameters["dataset"], parameters["part"])
-    train, validation, test = sentiment.halves(table, parameters["seed"], parameters["by"] or "text")
+    train, validation, test = sentiment.split_half(table, parameters["seed"], parameters["by"] or "text")
     started = time.perf_counter()
     tasks = multitask.rating_tasks(train, parameters["borrowed"], parameters["part"], parameters["seed"])
     learnt = multitask.learn(tasks, **training_of(parameters))
@@ -39,7 +39,7 @@ def rating(parameters: Mapping[str, object]) -> dict:
     def rate(texts: Sequence[str]) -> np.ndarray:
         return multitask.predict(*learnt, list(texts), parameters["precision"])["sentiment"]
 
-    low, high = sentiment.thresholds(rate(validation["text"]), validation["sentiment"])
+    low, high = sentiment.fit_thresholds(rate(validation["text"]), validation["sentiment"])
     shown = validation if parameters["split"] == "validation" else test
     metrics, started = {}, time.perf_counter()
     found = rate(shown["text"])
@@ -47,7 +47,7 @@ def rating(parameters: Mapping[str, object]) -> dict:
     metrics |= sentiment.scores(shown, found, sentiment.to_class(found, low, high))
     others = [d for d in sentiment.DOMAINS if d != (parameters["part"] or "nyt")] if parameters["transfer"] else []
     for domain in others:
-        other = sentiment.halves(sentiment.load(part=domain), parameters["seed"])[2]
+        other = sentiment.split_half(sentiment.load(part=domain), parameters["seed"])[2]
         metrics[f"r on {domain}"] = float(np.corrcoef(rate(other["text"]), other["rating"])[0, 1])
     return {"metrics": metrics, "speeds": {"training, s": seconds, "inference, texts/s": speed}}
 
@@ -85,7 +85,7 @@ def heads(parameters: Mapping[str, object]) -> dict:
     machine.set_threads()
     machine.quiet()
     splits, labels, _ = data.prepared(Path(parameters["splits"]))
-    train, validation, test = sentiment.halves(sentiment.load(), parameters["seed"])
+    train, validation, test = sentiment.split_half(sentiment.load(), parameters["seed"])
     topics = multitask.Task("topic", list(splits["train"]["text"]), np.array(splits["train"]["label"]), labels)
     feeling = multitask.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
     together = [[topics, feeling]] if parameters["change"] == "one encoder" else [[topics], [feeling]]
@@ -128,16 +128,16 @@ def weak_supervision(parameters: Mapping[str, object]) -> dict:
     machine.set_threads()
     machine.quiet()
     table = sentiment.load(parameters["dataset"], parameters["part"])
-    train, _, test = sentiment.halves(table, parameters["seed"])
-    voted = {name: weak_labels.votes(part["text"]) for name, part in (("train", train), ("test", test))}
-    beliefs = weak_labels.combine(voted["train"])
+    train, _, test = sentiment.split_half(table, parameters["seed"])
+    voted = {name: weak_labels.label_functions(part["text"]) for name, part in (("train", train), ("test", test))}
+    beliefs = weak_labels.dawid_skene(voted["train"])
     task = multitask.Task("sentiment", train["text"].tolist(), beliefs, sentiment.CLASSES)
     learnt = multitask.learn([task], **training_of(parameters))
     student = multitask.predict(*learnt, test["text"].tolist(), parameters["precision"])["sentiment"]
     found = {
         "VADER": weak_labels.vader(test["text"]),
         "Loughran-McDonald": weak_labels.loughran_mcdonald(test["text"]),
-        "votes combined": weak_labels.combine(voted["test"]),
+        "votes combined": weak_labels.dawid_skene(voted["test"]),
         "encoder taught by votes": student,
     }
     metrics = {}

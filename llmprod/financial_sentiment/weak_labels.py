@@ -10,8 +10,6 @@ import pandas as pd
 from llmprod import artifacts
 from llmprod.financial_sentiment.sentiment import CLASSES
 
-# Lexicons
-
 
 def vader(texts: Sequence[str]) -> np.ndarray:
     """VADER's compound score, -1 to 1 (Hutto & Gilbert 2014; library `vaderSentiment`)."""
@@ -38,28 +36,20 @@ def loughran_mcdonald(texts: Sequence[str]) -> np.ndarray:
     return np.array(found)
 
 
-# Weak supervision: functions that vote, a model of how far to trust each, soft labels
-
 NO_VOTE = -1
-
-
 GAIN = (
     r"\b(rose|rises?|rising|increas\w+|grew|grow(s|th|ing)|up|climb\w*|jump\w*|improv\w+|gain(s|ed)?|won|award\w*|"
     r"record)\b"
 )
-
-
 FALL = (
     r"\b(fell|falls?|falling|decreas\w+|declin\w+|down|drop\w*|shrank|plung\w*|cut(s|ting)?|lay\W?offs?|weak\w*|"
     r"slump\w*)\b"
 )
-
-
 COST = r"\b(loss(es)?|costs?|expenses?|debts?|unemployment|inflation)\b"
 
 
 def earnings(text: str) -> int:
-    """The vote of a line on earnings: loss against profit, and which way what went."""
+    """Vote of a sentence about earnings: a loss or a profit, and whether a figure rose or fell."""
     text = text.lower()
     if re.search(r"\b(loss(es)?|shr loss|net loss) (narrow|shrank|decreas)", text) or "turned to profit" in text:
         return 2
@@ -69,24 +59,24 @@ def earnings(text: str) -> int:
     return 0 if bool(up) == bool(cost) else 2
 
 
-def reported(texts: Sequence[str]) -> np.ndarray:
-    """What tables of earnings in newswire say of the period: 1 for a loss, 0 for a profit, -1 where there is none.
+def earnings_label(texts: Sequence[str]) -> np.ndarray:
+    """The period's result in tables of earnings of newswire: 1 for a loss, 0 for a profit, -1 for other texts.
 
-    A table has "shr" or "net" and compares by "vs"; "shr loss two cts vs profit seven cts" is a loss, and where neither
-    word follows the first "shr" or "net" it is a profit.
+    A table has "shr" or "net" and compares with "vs": "shr loss two cts vs profit seven cts" is a loss. Where neither
+    "loss" nor "profit" follows the first "shr" or "net", it is a profit.
     """
-    found = []
+    labels = []
     for text in texts:
         first = re.search(r"\b(?:shr|net)\b(?: (loss|profit)\b)?", text.lower())
-        found.append(-1 if not first or " vs " not in text else int(first[1] == "loss"))
-    return np.array(found)
+        labels.append(-1 if not first or " vs " not in text else int(first[1] == "loss"))
+    return np.array(labels)
 
 
-def votes(texts: Sequence[str]) -> pd.DataFrame:
-    """What each labelling function says of each text: a class, or `NO_VOTE`.
+def label_functions(texts: Sequence[str]) -> pd.DataFrame:
+    """The vote of each labelling function (columns) on each text (rows): a class, or `NO_VOTE`.
 
-    Words of general feeling (VADER), words of company reports, lines on earnings; and neutral where none of the
-    last two finds anything.
+    Words of general sentiment (VADER), words of company reports, sentences about earnings; and neutral where neither
+    of the last two votes.
     """
     general, financial = vader(texts), loughran_mcdonald(texts)
     lines = np.array([earnings(text) for text in texts])
@@ -100,15 +90,15 @@ def votes(texts: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def combine(voted: pd.DataFrame) -> np.ndarray:
-    """Beliefs (texts, classes) from votes alone, without any label.
+def dawid_skene(votes: pd.DataFrame) -> np.ndarray:
+    """Soft labels (texts, classes) from votes alone, without any label.
 
-    Dawid & Skene 1979 (library `crowdkit`): each function has a table of what it says given the truth, found by
-    expectation-maximisation where functions agree and disagree. A text without any vote gets the classes' mean share.
+    Dawid & Skene 1979 (library `crowdkit`): each function has a confusion matrix, estimated by
+    expectation-maximisation from where functions agree and disagree. A text without any vote gets the mean soft label.
     """
     from crowdkit.aggregation import DawidSkene
 
-    long = voted.stack().rename("label").rename_axis(["task", "worker"]).reset_index()
+    long = votes.stack().rename("label").rename_axis(["task", "worker"]).reset_index()
     found = DawidSkene(n_iter=100).fit_predict_proba(long[long["label"] != NO_VOTE])
     found = found.reindex(columns=range(len(CLASSES)), fill_value=0.0)
-    return found.reindex(voted.index).fillna(found.mean()).to_numpy()
+    return found.reindex(votes.index).fillna(found.mean()).to_numpy()

@@ -30,7 +30,7 @@ def save_models(
     folder: Path,
     topics: tuple | None,
     feelings: tuple,
-    negative: sentiment.Negative,
+    negative: sentiment.PlattScaling,
     thresholds: tuple[float, float],
     detector: dict[str, float],
     reference: dict[str, list],
@@ -41,7 +41,7 @@ def save_models(
     Args:
         topics: (classifier, tokenizer) that tells topics; None where the other one has a head for them
         feelings: (classifier, tokenizer) with a head "sentiment" that gives a rating
-        negative, thresholds: from validation texts, see `sentiment.calibrate` and `sentiment.thresholds`
+        negative, thresholds: from validation texts, see `sentiment.PlattScaling.fit` and `sentiment.fit_thresholds`
         detector: `threshold` of `surge.Cusum` and `every`, the documents to a false alarm that it was measured to have;
             others of its settings, and `shares`: topic -> first baseline
         reference: what drift is measured against: "length" (words), "rating" and "topic" of held-out texts
@@ -83,7 +83,7 @@ class Scorer:
                 "name another folder with --models."
             )
         settings = files.read_json(folder / "monitor.json")
-        self.negative, self.thresholds = sentiment.Negative(**settings["negative"]), settings["thresholds"]
+        self.negative, self.thresholds = sentiment.PlattScaling(**settings["negative"]), settings["thresholds"]
         self.settings, self.reference = settings["detector"], settings["reference"]
         measured = self.settings.pop("every", 0)
         if not every >= 0:
