@@ -80,7 +80,7 @@ def test_missing():
 
 
 def test_reference_over_different_protocols_is_refused():
-    with pytest.raises(results.ReportError, match="epochs: 9, reference 2"):
+    with pytest.raises(LLMProdError, match="epochs: 9, reference 2"):
         results.summarise([result(0.9), result(0.9, epochs=9)])
 
 

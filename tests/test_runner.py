@@ -11,7 +11,7 @@ import time
 import nbformat
 import pytest
 
-from llmprod import artifacts, files, paths
+from llmprod import LLMProdError, artifacts, files, paths
 from llmprod.harness import pipeline, results, runner
 
 from .conftest import llmprod
@@ -31,14 +31,14 @@ def test_every_override_names_a_declared_parameter_of_its_type(profile):
 def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "smoke.yaml").write_text("02_finetune: {epoch: 1}")
     monkeypatch.setattr(paths, "PROFILES", tmp_path)
-    with pytest.raises(pipeline.RunError, match="02_finetune has no parameter epoch"):
+    with pytest.raises(LLMProdError, match="02_finetune has no parameter epoch"):
         pipeline.profile("smoke")
 
 
 def test_unknown_profile_and_notebook_say_what_there_is():
-    with pytest.raises(pipeline.RunError, match="cpu, gpu, smoke"):
+    with pytest.raises(LLMProdError, match="cpu, gpu, smoke"):
         pipeline.profile("tpu")
-    with pytest.raises(pipeline.RunError, match="02_finetune"):
+    with pytest.raises(LLMProdError, match="02_finetune"):
         pipeline.read("02_fine_tune")
 
 
@@ -48,9 +48,9 @@ def test_parameters_from_the_command_line():
         "dataset": "my file.csv",
         "learning_rate": 1e-4,
     }
-    with pytest.raises(pipeline.RunError, match="epochs"):
+    with pytest.raises(LLMProdError, match="epochs"):
         pipeline.parse_parameters("epoch=2")
-    with pytest.raises(pipeline.RunError, match="name=value"):
+    with pytest.raises(LLMProdError, match="name=value"):
         pipeline.parse_parameters("epochs")
 
 
@@ -61,13 +61,13 @@ def test_a_run_with_parameters_has_a_folder_of_its_own():
     assert os.sep not in runner.folder_for("cpu", {"dataset": "../../etc"}).name
 
 
-# What is fresh
+# Up-to-date check
 
 
 def stale(folder) -> set[str]:
     """Which notebooks of the smoke run would run again."""
     injected = pipeline.settings("smoke", {})
-    return {name for name in pipeline.pipeline() if not runner.is_fresh(name, injected, folder)}
+    return {name for name in pipeline.pipeline() if not runner.is_up_to_date(name, injected, folder)}
 
 
 def test_nothing_changed_nothing_runs(smoke_run):
@@ -180,13 +180,13 @@ def test_a_failed_notebook_keeps_its_traceback_and_no_older_result(own_notebooks
     notebook.cells[4].source += "\nseed / 0"
     nbformat.write(notebook, path)
     files.write_json(tmp_path / "run/results/01_data.json", {"of": "an earlier state"})
-    with pytest.raises(pipeline.RunError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
+    with pytest.raises(LLMProdError, match=r"01_data stopped in cell \d+: ZeroDivisionError: division by zero"):
         runner.run(["01_data"], "smoke", {}, tmp_path / "run")
     executed = nbformat.read(tmp_path / "run/01_data.ipynb", as_version=4)
     errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
     assert errors and errors[0].ename == "ZeroDivisionError"
     assert not (tmp_path / "run/results/01_data.json").exists(), "a verdict on it would be a verdict on the past"
-    assert not runner.is_fresh("01_data", pipeline.settings("smoke", {}), tmp_path / "run")
+    assert not runner.is_up_to_date("01_data", pipeline.settings("smoke", {}), tmp_path / "run")
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from llmprod import data, machine, paths
+from llmprod import LLMProdError, data, machine, paths
 from llmprod.harness import study
 
 
@@ -110,11 +110,11 @@ def test_what_was_not_measured_is_said(tiny):
 
 def test_unknown_names_are_named(tiny):
     folder, declaration = tiny
-    with pytest.raises(study.StudyError, match="there are: tiny"):
+    with pytest.raises(LLMProdError, match="there are: tiny"):
         study.grid("huge")
     declaration["tiny"]["parameters"]["epoch"] = 1
     (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
-    with pytest.raises(study.StudyError, match="epoch"):
+    with pytest.raises(LLMProdError, match="epoch"):
         study.grid("tiny")
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,7 @@ def pipeline() -> dict[str, dict]:
     return yaml.safe_load((paths.NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8"))
 
 
-class RunError(LLMProdError):
-    """A notebook can't be run, or stopped."""
-
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 # Parameters
 
@@ -31,30 +30,29 @@ def declared(notebook: str) -> dict[str, object]:
     """The parameters of a notebook and their defaults (its profile `cpu`)."""
     cells = [c for c in read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
-        raise RunError(f"{notebook}.ipynb needs exactly one cell with the tag 'parameters' and has {len(cells)}.")
+        raise LLMProdError(f"{notebook}.ipynb needs exactly one cell with the tag 'parameters' and has {len(cells)}.")
     statements = ast.parse(cells[0].source).body
     return {s.targets[0].id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.Assign)}
 
 
 def read(notebook: str) -> nbformat.NotebookNode:
-    """A notebook's file. Raises RunError, with the names there are, where there is none."""
+    """A notebook, from its file. Raises LLMProdError, with the known names, for an unknown one."""
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
     if not path.is_file():
-        raise RunError(f"There is no notebook '{notebook}'; there are: {', '.join(pipeline())}.")
+        raise LLMProdError(f"There is no notebook '{notebook}'; there are: {', '.join(pipeline())}.")
     return nbformat.read(path, as_version=4)
 
 
 def profile(name: str) -> dict[str, dict]:
-    """What a profile overrides, by notebook. Raises RunError for an unknown profile or parameter."""
+    """The parameters that a profile overrides: notebook -> name -> value. Raises LLMProdError for an unknown one."""
     path = paths.PROFILES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise RunError(f"There is no profile '{name}'; there are: {known}.")
+        raise LLMProdError(f"There is no profile '{name}'; there are: {known}.")
     overrides = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     for notebook, values in overrides.items():
-        unknown = sorted(set(values) - set(declared(notebook)))
-        if unknown:
-            raise RunError(f"{path.name}: {notebook} has no parameter {', '.join(unknown)}.")
+        if unknown := sorted(set(values) - set(declared(notebook))):
+            raise LLMProdError(f"{path.name}: {notebook} has no parameter {', '.join(unknown)}.")
     return overrides
 
 
@@ -64,12 +62,11 @@ def parse_parameters(text: str) -> dict[str, object]:
     for word in shlex.split(text):
         name, equals, value = word.partition("=")
         if not equals:
-            raise RunError(f"PARAMS holds '{word}'; write name=value, for example PARAMS=\"epochs=2 seed=1\".")
+            raise LLMProdError(f"PARAMS holds '{word}'; write name=value, for example PARAMS=\"epochs=2 seed=1\".")
         parsed[name] = yaml.safe_load(value)
     known = set().union(*(declared(notebook) for notebook in pipeline()))
-    unknown = sorted(set(parsed) - known)
-    if unknown:
-        raise RunError(f"No notebook has the parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}.")
+    if unknown := sorted(set(parsed) - known):
+        raise LLMProdError(f"No notebook has a parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}.")
     return parsed
 
 
@@ -83,59 +80,100 @@ def code_of(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module of ours (`llmprod.evaluate.metrics`; of a package its `__init__.py`), None where none is."""
+    """The file of a module of ours (`llmprod.evaluate.metrics`; of a package its `__init__.py`), or None."""
     place = paths.PACKAGE.joinpath(*name.split(".")[1:])
     return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
 
 
-def imports_of(source: str) -> set[str]:
-    """The modules of ours that a piece of code imports, wherever in it. Raises RunError for one that is not there."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "llmprod"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmprod":
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {node.module} | {name for name in submodules if module_file(name)}
-            if node.module == "llmprod":  # the package itself defines few names: anything else must be a module
-                defined = {name.id for name in ast.walk(syntax_tree(node.module)) if isinstance(name, ast.Name)}
-                defined |= {item.name for item in syntax_tree(node.module).body if hasattr(item, "name")}
-                found |= {name for name in submodules if name.removeprefix("llmprod.") not in defined}
-    if missing := sorted(name for name in found if not module_file(name)):
-        raise RunError(f"There is no module {', '.join(missing)}, which is imported.")
-    return found
-
-
-def modules_of(source: str) -> set[str]:
-    """The modules of ours that a piece of code imports, and those that they import."""
-    found, waiting = set(), imports_of(source)
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= imports_of(module_file(name).read_text(encoding="utf-8")) - found
-    return found
-
-
-def syntax_tree(module: str) -> ast.Module:
-    """A module's syntax tree without its docstrings."""
-    return without_docstrings(module_file(module).read_text(encoding="utf-8"))
-
-
-def without_docstrings(source: str) -> ast.Module:
-    """The syntax tree of code, in which neither comments nor docstrings nor line breaks count."""
+@cache
+def syntax_tree(source: str) -> ast.Module:
+    """The syntax tree of code without its docstrings: like comments and line breaks, they change no number."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return tree
 
 
-def code_fingerprint(source: str) -> str:
-    """A fingerprint of code and of all modules of ours that it comes to import: what can change its numbers."""
-    trees = {name: ast.dump(syntax_tree(name)) for name in sorted(modules_of(source))}
-    trees[""] = ast.dump(without_docstrings(source))
-    return hashlib.sha256(json.dumps(trees, sort_keys=True).encode()).hexdigest()
+def module_tree(name: str) -> ast.Module:
+    """`syntax_tree` of a module of ours. Raises LLMProdError if there is no such module."""
+    if not (file := module_file(name)):
+        raise LLMProdError(f"There is no module {name}, which is imported.")
+    return syntax_tree(file.read_text(encoding="utf-8"))
+
+
+def bound_by(statement: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a module defines, assigns or imports."""
+    if isinstance(statement, DEFINITIONS):
+        return {statement.name}
+    nodes = list(ast.walk(statement))
+    names = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """The modules of ours that code imports, anywhere in it. Raises LLMProdError for what can't be found."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "llmprod"}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise LLMProdError("Relative imports are not followed: write the module's full name.")
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "llmprod":
+            defined = set().union(*map(bound_by, module_tree(node.module).body))
+            names = {alias.name for alias in node.names} - defined
+            found |= {node.module} | {f"{node.module}.{name}" for name in names}  # not defined: must be a submodule
+    for name in found:
+        module_tree(name)
+    return found
+
+
+def modules_of(tree: ast.AST) -> dict[str, ast.Module]:
+    """The modules of ours that code imports, and those that they import, each with its syntax tree.
+
+    Importing `llmprod.a.b` runs `llmprod` and `llmprod.a`, so they are among them.
+    """
+    found, waiting = {}, imports_of(tree)
+    while waiting:
+        name = waiting.pop()
+        found[name] = module_tree(name)
+        waiting |= (imports_of(found[name]) | {name.rpartition(".")[0]}) - set(found) - {""}
+    return found
+
+
+def data_files(module: str, tree: ast.Module) -> dict[str, str]:
+    """The files that a module names and that lie next to it, such as word lists, with their fingerprints.
+
+    Not the registry of artifacts, of which only the entries count that a parameter names.
+    """
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    files = {file.name: file for file in module_file(module).parent.iterdir() if file.suffix not in ("", ".py")}
+    names = sorted(named & set(files) - {"artifacts.yaml"})
+    return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in names}
+
+
+def code_fingerprint(tree: ast.AST) -> str:
+    """A fingerprint of code and of all modules of ours that it comes to import: whatever can change its numbers."""
+    modules = {name: [ast.dump(module), data_files(name, module)] for name, module in modules_of(tree).items()}
+    return hashlib.sha256(json.dumps([ast.dump(tree), modules], sort_keys=True).encode()).hexdigest()
+
+
+def part_of(module: str, function: str) -> ast.Module:
+    """A function, and what it uses of its module: imports, constants, other functions.
+
+    Raises LLMProdError if the module has no such function.
+    """
+    body, kept, names = deepcopy(module_tree(module).body), [], {function}
+    while more := [node for node in body if node not in kept and names & bound_by(node)]:
+        kept += more
+        names |= {n.id for node in more for n in ast.walk(node) if isinstance(n, ast.Name)}
+    if not kept:
+        raise LLMProdError(f"There is no function {function} in {module}.")
+    for node in kept:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in names]
+    return ast.Module([node for node in body if node in kept], [])
 
 
 def source_hash(notebook: str) -> str:
@@ -144,7 +182,7 @@ def source_hash(notebook: str) -> str:
 
 
 def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, dict]:
-    """What is injected into each notebook: its profile's overrides, then those parameters that it declares."""
+    """The values to inject into each notebook: the profile's overrides, then those parameters that it declares."""
     overrides = profile(profile_name)
     return {
         notebook: overrides.get(notebook, {}) | {k: v for k, v in parameters.items() if k in declared(notebook)}
@@ -153,11 +191,11 @@ def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, d
 
 
 def fingerprint(notebook: str, injected: Mapping[str, dict]) -> str:
-    """Everything a notebook's results depend on: code, parameters, modules, artifacts and files, versions, upstream."""
+    """A fingerprint of what a notebook's results depend on: code, parameters, inputs, library versions, upstream."""
     values = declared(notebook) | injected[notebook]
     code = "\n".join(line for cell in code_of(read(notebook)) for line in cell.splitlines() if not line.startswith("%"))
     parts = {
-        "code": code_fingerprint(code),
+        "code": code_fingerprint(syntax_tree(code)),
         "parameters": values,
         "inputs": {k: artifacts.checksum(v) for k, v in values.items() if isinstance(v, str) and is_input(v)},
         "versions": machine.versions(machine.SHOWN),
@@ -172,6 +210,6 @@ def is_input(value: str) -> bool:
 
 
 def with_upstream(notebook: str) -> list[str]:
-    """A notebook after all those that it needs."""
+    """A notebook, preceded by all those that it needs."""
     needed = [name for upstream in pipeline()[notebook]["needs"] for name in with_upstream(upstream)]
     return [*dict.fromkeys(needed), notebook]

@@ -20,13 +20,6 @@ from llmprod.harness.pipeline import pipeline
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 
 
-NOT_PROTOCOL = ("seed",)
-
-
-class ReportError(LLMProdError):
-    """A result or reference file can't be used."""
-
-
 def record(
     run: track.Run,
     scores: Mapping[str, float],
@@ -35,21 +28,21 @@ def record(
     speeds: Mapping[str, float] | None = None,
     checksums: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Writes what a notebook found to `results/<notebook>.json`, closes its tracking, and compares with the reference.
+    """Writes a notebook's results to `results/<notebook>.json`, ends its tracking, and compares with the reference.
 
     Args:
-        run: what `track.start` gave
-        scores: shares and means over test texts, judged with a tolerance measured over seeds
-        n: the number of texts behind the scores; or by the name of a score, "" for all others
-        counts: whole numbers, judged likewise
-        speeds: what depends on the machine; shown, never judged
+        run: the run that `track.start` began
+        scores: shares and means over test examples, judged with a tolerance measured over seeds
+        n: the number of examples behind the scores; or name of a score -> number, "" for all others
+        counts: whole numbers, judged in the same way
+        speeds: numbers that depend on the machine; shown, never judged
         checksums: name -> fingerprint of data and model
 
-    Returns the verdict table of this notebook.
+    Returns the notebook's verdict table.
     """
     counts, speeds = counts or {}, speeds or {}
     checksums = {f"sha256 of {name}": value for name, value in (checksums or {}).items()}
-    protocol = {name: value for name, value in run.parameters.items() if name not in NOT_PROTOCOL} | checksums
+    protocol = {name: value for name, value in run.parameters.items() if name != "seed"} | checksums
     for upstream in pipeline()[run.notebook]["needs"]:
         protocol[upstream] = read_json(run.folder / "results" / f"{upstream}.json")["protocol"]
     numbers = n if isinstance(n, Mapping) else {"": n}
@@ -69,7 +62,7 @@ def record(
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """All results of a run's folder, by notebook."""
+    """All results in a run's folder: notebook -> result."""
     return {path.stem: read_json(path) for path in sorted((folder / "results").glob("*.json"))}
 
 
@@ -77,7 +70,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def reference(profile: str) -> dict:
-    """Our own results over seeds for a profile; those of `cpu` for a run outside the profiles; {} where none."""
+    """Our own results over seeds for a profile; for a run outside the profiles those of `cpu`; {} if there are none."""
     path = paths.REFERENCE / f"{profile}.json"
     if not path.exists() and not (paths.PROFILES / f"{profile}.yaml").exists():
         path = paths.REFERENCE / "cpu.json"
@@ -85,11 +78,16 @@ def reference(profile: str) -> dict:
 
 
 def summarise(runs: list[dict]) -> dict:
-    """One notebook's results over seeds: protocol, and of every metric the values, mean, sd and number of runs."""
+    """One notebook's results over seeds: the protocol, and each metric's values, mean, sd and number of runs.
+
+    Raises LLMProdError if the runs have different protocols.
+    """
     protocols = [run["protocol"] for run in runs]
     for other in protocols[1:]:
         if other != protocols[0]:
-            raise ReportError(f"Runs of {runs[0]['notebook']} differ in {'; '.join(differences(other, protocols[0]))}.")
+            raise LLMProdError(
+                f"Runs of {runs[0]['notebook']} differ in {'; '.join(differences(other, protocols[0]))}."
+            )
     metrics = {}
     for name, metric in runs[0]["metrics"].items():
         values = [run["metrics"][name]["value"] for run in runs]
@@ -98,8 +96,13 @@ def summarise(runs: list[dict]) -> dict:
         metrics[name] = metric | {"value": by_seed, "mean": statistics.mean(values), "sd": sd, "runs": len(values)}
     speeds = {k: statistics.median(run["speeds"][k] for run in runs) for k in runs[0]["speeds"]}
     minutes = statistics.median(run["provenance"]["minutes"] for run in runs)
-    machine = runs[0]["provenance"]["machine"]
-    return {"machine": machine, "minutes": minutes, "metrics": metrics, "speeds": speeds, "protocol": protocols[0]}
+    return {
+        "machine": runs[0]["provenance"]["machine"],
+        "minutes": minutes,
+        "metrics": metrics,
+        "speeds": speeds,
+        "protocol": protocols[0],
+    }
 
 
 def tolerance(metric: Mapping[str, object]) -> float:
@@ -113,7 +116,7 @@ def tolerance(metric: Mapping[str, object]) -> float:
 
 
 def differences(mine: Mapping[str, object], theirs: Mapping[str, object], prefix: str = "") -> list[str]:
-    """What two protocols do not share, as "name: mine, reference theirs"."""
+    """The differences between two protocols, as "name: mine, reference theirs"."""
     found = []
     for name in sorted(mine.keys() | theirs.keys()):
         a, b = mine.get(name), theirs.get(name)
@@ -125,7 +128,7 @@ def differences(mine: Mapping[str, object], theirs: Mapping[str, object], prefix
 
 
 def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
-    """The figures of others for a notebook on the data set of its protocol, or of one that it builds on."""
+    """Published figures for a notebook, on the data set of its protocol or of a notebook that it builds on."""
     while not (named := [protocol[name] for name in ("ratings", "interactions", "dataset") if name in protocol]):
         protocol = next((value for value in protocol.values() if isinstance(value, Mapping)), {"dataset": ""})
     figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
@@ -133,33 +136,32 @@ def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
 
 
 def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: list[str]) -> pd.DataFrame:
-    """One row for each metric of the notebooks: published, reference, yours, tolerance, verdict and its reason."""
+    """The verdict table, one row for each metric: published, reference, yours, tolerance, verdict and its reason."""
     rows = []
     for notebook in notebooks:
         mine, theirs = found.get(notebook), expected.get(notebook)
         others = published(notebook, (theirs or mine or {}).get("protocol", {}))
         for name in (theirs or mine or {"metrics": ["(everything)"]})["metrics"]:
-            beside = next((o for o in others if o["metric"] == name), None)
+            other = next((o for o in others if o["metric"] == name), None)
             metric = theirs["metrics"].get(name) if theirs else None
             value = mine["metrics"].get(name, {}).get("value") if mine else None
             rows.append(
                 {
                     "notebook": notebook,
                     "metric": name,
-                    "published": f"{beside['value']:.4g} ({beside['method']})" if beside else "",
+                    "published": f"{other['value']:.4g} ({other['method']})" if other else "",
                     "reference": spread(metric) if metric else "",
                     "yours": "" if value is None else number(value),
                     "tolerance": number(tolerance(metric)) if metric else "",
                     **judge(mine, theirs, metric, value),
                 }
             )
-    return pd.DataFrame(
-        rows, columns=["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"]
-    )
+    columns = ["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, value: float | None) -> dict[str, str]:
-    """The verdict on one metric and, where it is not REPRODUCED, why."""
+    """The verdict on one metric, and the reason if it is not REPRODUCED."""
     if mine is None:
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
     if metric is None:
@@ -176,27 +178,32 @@ def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, 
 
 
 def verify(folder: Path) -> pd.DataFrame:
-    """The verdict on all results of a run's folder, against every notebook of the pipeline."""
+    """The verdict table of a run's folder, over every notebook of the pipeline."""
     return verdict(results(folder), reference(folder.name), list(pipeline()))
 
 
 def tally(table: pd.DataFrame) -> str:
-    """How many rows have which verdict."""
+    """The number of rows with each verdict, in words."""
     return ", ".join(f"{count} of {len(table)} {name}" for name, count in table["verdict"].value_counts().items())
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A frame as a Markdown table, its cells as they are."""
+    """A frame as a Markdown table, with its cells unchanged."""
     return table.to_markdown(index=False, disable_numparse=True)
 
 
 def spread(metric: Mapping[str, object]) -> str:
     """A reference metric as mean ± sd (runs)."""
-    return f"{number(metric['mean'])} ± {number(metric['sd'])} ({metric['runs']})"
+    return mean_sd(metric["mean"], metric["sd"], metric["runs"])
+
+
+def mean_sd(mean: float, sd: float, n: float) -> str:
+    """Mean ± standard deviation (number of seeds) for people; the mean alone for one seed, "" for none."""
+    return f"{number(mean)} ± {number(sd)} ({n:.0f})" if n > 1 else number(mean) if n else ""
 
 
 def number(value: float) -> str:
-    """A number for people: whole numbers with separators, shares to four places."""
+    """A number for people: whole numbers with thousands separators, shares to four decimal places."""
     if float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""Runs the notebooks headless: papermill, the provenance stamp, reference runs over seeds."""
+"""Running notebooks: up-to-date check, papermill, provenance stamp, reference runs over seeds."""
 
 import contextlib
 import hashlib
@@ -11,28 +11,25 @@ from pathlib import Path
 
 import nbformat
 
-from llmprod import files, machine, paths
+from llmprod import LLMProdError, files, machine, paths
 from llmprod.harness import pipeline, results
-from llmprod.harness.pipeline import RunError, declared, fingerprint, settings, source_hash, with_upstream
+from llmprod.harness.pipeline import declared, fingerprint, settings, source_hash, with_upstream
 
 
-def is_fresh(notebook: str, injected: Mapping[str, dict], folder: Path) -> bool:
-    """Whether a folder holds this notebook's results for exactly what they depend on today."""
+def is_up_to_date(notebook: str, injected: Mapping[str, dict], folder: Path) -> bool:
+    """Whether a folder holds this notebook's results, and nothing that they depend on has changed since."""
     stamp = folder / "work" / notebook / "done.json"
     if not stamp.exists() or not (folder / "results" / f"{notebook}.json").exists():
         return False
     return files.read_json(stamp)["fingerprint"] == fingerprint(notebook, injected)
 
 
-# Running
-
-
 def run(notebooks: list[str], profile_name: str, parameters: Mapping[str, object], folder: Path) -> bool:
-    """Runs notebooks in order, those left out that are fresh. Returns whether any ran."""
+    """Runs notebooks in order, except those that are up to date. Returns whether any ran."""
     injected, ran = settings(profile_name, parameters), False
     for number, notebook in enumerate(notebooks, 1):
         label = f"[{number}/{len(notebooks)}] {notebook}"
-        if is_fresh(notebook, injected, folder):
+        if is_up_to_date(notebook, injected, folder):
             print(f"{label}: nothing has changed", flush=True)
         else:
             execute(notebook, injected, folder, label)
@@ -43,7 +40,7 @@ def run(notebooks: list[str], profile_name: str, parameters: Mapping[str, object
 def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: str) -> None:
     """Runs one notebook with papermill, and stamps the executed copy and its results with their provenance.
 
-    Raises RunError where a cell fails; the executed copy with its traceback stays in the folder.
+    Raises LLMProdError if a cell fails; the executed copy with its traceback stays in the folder.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -69,17 +66,14 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
                 cwd=os.getcwd(),
                 config=Config({"KernelManager": ipc} if os.name == "posix" else {}),
             )
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, TimeoutError, RuntimeError) as error:
         tidy(target)
-        raise RunError(
-            f"{notebook} stopped in cell {error.cell_index}: {plain_text(error.ename)}: {plain_text(error.evalue)}\n"
-            f"The executed copy is {shown(target)}; the next run resumes with this notebook."
-        ) from None
-    except (TimeoutError, RuntimeError) as error:  # a cell ran too long, or the kernel died
-        tidy(target)
-        raise RunError(
-            f"{notebook} stopped: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
-            f"The executed copy is {shown(target)}; the next run resumes with this notebook."
+        if isinstance(error, PapermillExecutionError):
+            what = f" in cell {error.cell_index}: {plain_text(error.ename)}: {plain_text(error.evalue)}"
+        else:  # a cell ran too long, or the kernel died
+            what = f": {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise LLMProdError(
+            f"{notebook} stopped{what}\nThe executed copy is {shown(target)}; the next run resumes with this notebook."
         ) from None
     recorded = files.read_json(result)
     asked = (declared(notebook) | injected[notebook]).get("precision", "auto")
@@ -113,7 +107,7 @@ def environment(**variables: str):
 
 
 def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
-    """Takes this machine's paths and the clock times out of an executed notebook, and puts the provenance in."""
+    """Removes this machine's paths and the clock times from an executed notebook, and adds the provenance."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     notebook.metadata["llmprod"] = provenance or {}
@@ -124,7 +118,7 @@ def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
 
 
 def to_html(path: Path) -> None:
-    """Writes the web page of an executed notebook beside it."""
+    """Writes the web page of an executed notebook next to it."""
     from nbconvert import HTMLExporter
 
     path.with_suffix(".html").write_text(HTMLExporter().from_filename(str(path))[0], encoding="utf-8")
@@ -141,21 +135,17 @@ def shown(path: Path) -> str:
 
 
 def ensure(notebook: str) -> Path:
-    """For a notebook's use: the work folder of one it builds on, which is run first where it was not yet."""
+    """For use in a notebook: the work folder of another that it builds on, which runs first if it has not yet."""
     folder = paths.run_folder()
     if not (folder / "results" / f"{notebook}.json").exists():
         print(f"{notebook} has not run in {folder.name} yet; running it first")
-        run(
-            with_upstream(notebook),
-            folder.name if (paths.PROFILES / f"{folder.name}.yaml").exists() else "cpu",
-            {},
-            folder,
-        )
+        name = folder.name if (paths.PROFILES / f"{folder.name}.yaml").exists() else "cpu"
+        run(with_upstream(notebook), name, {}, folder)
     return folder / "work" / notebook
 
 
 def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
-    """Where a run goes: `reports/<profile>`, or a folder of its own under `runs/` where parameters are set."""
+    """The folder of a run: `reports/<profile>`, or one of its own under `runs/` if parameters are set."""
     if not parameters:
         return paths.REPORTS / profile_name
     words = "-".join(f"{k}={v}" for k, v in sorted(parameters.items()))
@@ -165,10 +155,10 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
 
 
 def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -> Path:
-    """Runs the pipeline for every seed (those done are skipped), and writes `reports/reference/<profile>.json`.
+    """Runs the pipeline for every seed, as far as it is not up to date, and writes `reports/reference/<profile>.json`.
 
-    Then runs the profile itself, whose notebooks end with their verdict. With `notebook` only that one and what it
-    needs are measured, and the others' numbers stay.
+    Then runs the profile itself, whose notebooks end with their verdict. With `notebook`, only that notebook and those
+    that it needs are measured; the numbers of the others stay.
     """
     everything = list(pipeline.pipeline())
     notebooks = with_upstream(notebook) if notebook else everything

@@ -1,8 +1,7 @@
-"""Studies: the same experiment over a grid of parameters and seeds, one row a run, resumable run by run.
+"""Studies: an experiment over a grid of parameters and seeds, one row for each run, resumable run by run.
 
-`notebooks/studies.yaml` declares them; `make study` runs what is missing; the rows are committed under
-`reports/studies/`, and notebooks show them from there. A run is what `02_finetune` does, with other parameters, and
-the test split at its end; what is not named in a study is that notebook's own default.
+`notebooks/studies.yaml` declares the experiments with their parameters, and the studies; `make study` runs what is
+missing; the rows are committed under `reports/studies/`, and notebooks show them from there.
 """
 
 import hashlib
@@ -11,9 +10,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -24,72 +25,83 @@ from llmprod import LLMProdError, artifacts, files, machine, paths
 from llmprod.harness import pipeline, results, runner
 
 FOLDER = paths.REPORTS / "studies"
-
-
-class StudyError(LLMProdError):
-    """A study can't be run as it is declared."""
-
-
-def declared() -> dict[str, dict]:
-    """The studies by name, from `notebooks/studies.yaml`."""
-    return {name: study for name, study in declarations().items() if name != "experiments"}
+STALE = "† measured by code that has changed since; `python -m llmprod study --stale` measures it again"
 
 
 def declarations() -> dict[str, dict]:
-    """The content of `notebooks/studies.yaml`: the studies, and `experiments`, the function of each by name."""
-    return yaml.safe_load((paths.NOTEBOOKS / "studies.yaml").read_text(encoding="utf-8"))
+    """The content of `notebooks/studies.yaml`: the studies by name, and `experiments`."""
+    return parsed((paths.NOTEBOOKS / "studies.yaml").read_text(encoding="utf-8"))
 
 
-def defaults() -> dict[str, object]:
-    """What a run uses where a study says nothing: the parameters of `02_finetune`, on the data set of `01_data`.
+@cache
+def parsed(text: str) -> dict[str, dict]:
+    """The content of a YAML text, read once: every row of a study asks for it."""
+    return yaml.safe_load(text)
 
-    Beside them: `experiment` (a name in `experiments.EXPERIMENTS`), `split` (where it is scored), `change` (a name for
-    a setting, to be shown), `robust_texts` (how many of its texts are also scored changed), `pairs` (of the setfit
-    library, for each text), `acquisition` (of active learning), four of `13_recommendation`, and six of sentiment
-    (`part` of a data set, by what it is halved, `layers` kept, texts `borrowed` of other domains, whether those are
-    scored too, whether the weights become `int8` before anything is scored).
-    """
-    more = {"experiment": "finetune", "split": "test", "change": "", "robust_texts": 0, "pairs": 20}
-    more["acquisition"] = "random"
-    more |= {"protocol": "", "candidates": 0, "folds": 0, "tower_steps": 0}
-    more |= {"part": "", "by": "", "layers": 0, "borrowed": 0, "transfer": False, "int8": False}
-    return {"dataset": pipeline.declared("01_data")["dataset"]} | pipeline.declared("02_finetune") | more
+
+def declared() -> dict[str, dict]:
+    """The studies by name."""
+    return {name: study for name, study in declarations().items() if name != "experiments"}
+
+
+def defaults(experiment: str) -> dict[str, object]:
+    """An experiment's parameters with their defaults: those of the notebook that it repeats, if any, and its own."""
+    declaration = declarations()["experiments"][experiment]
+    notebook = pipeline.declared(declaration["notebook"]) if "notebook" in declaration else {}
+    return {"experiment": experiment, "seed": 0} | notebook | declaration["parameters"]
 
 
 def grid(name: str) -> list[dict[str, object]]:
-    """The runs of a study, seeds outermost: the parameters of each.
+    """The runs of a study, seeds outermost: the parameters that the declaration sets for each.
 
-    `vary` is a list of parameter sets, or parameter -> values whose combinations are taken. Raises StudyError for an
-    unknown study or parameter.
+    `vary` is a list of parameter sets, or parameter -> values, of which every combination is run. Raises LLMProdError
+    for an unknown study, and for a parameter that the experiment does not declare.
     """
     if name not in declared():
-        raise StudyError(f"There is no study '{name}'; there are: {', '.join(declared())}.")
-    study = declared()[name]
+        raise LLMProdError(f"There is no study '{name}'; there are: {', '.join(declared())}.")
+    study, runs = declared()[name], []
     vary = study["vary"]
     if isinstance(vary, dict):
         vary = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
-    known, runs = defaults(), []
-    for seed in study["seeds"]:
-        for chosen in vary:
-            parameters = study.get("parameters", {}) | chosen | {"seed": seed}
-            if unknown := sorted(set(parameters) - set(known)):
-                raise StudyError(f"studies.yaml: {name} sets {', '.join(unknown)}, which are no parameters.")
-            runs.append(parameters)
+    for seed, chosen in itertools.product(study["seeds"], vary):
+        parameters = {"experiment": "finetune"} | study.get("parameters", {}) | chosen | {"seed": seed}
+        if unknown := sorted(set(parameters) - set(defaults(parameters["experiment"]))):
+            experiment = parameters["experiment"]
+            raise LLMProdError(
+                f"studies.yaml: {name} sets {', '.join(unknown)}, which the experiment '{experiment}' does not declare."
+            )
+        runs.append(parameters)
     return runs
 
 
 def key(parameters: Mapping[str, object]) -> str:
-    """A fingerprint of what a run's numbers depend on by its declaration: parameters, data and model.
+    """The identity of a run: a fingerprint of the parameters that the declaration sets, its experiment and seed."""
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
 
-    A parameter that is off (0, "", False) does not count: a new one, off by default, leaves finished runs valid.
+
+def code_of(experiment: str) -> str:
+    """A fingerprint of an experiment's function and of all modules of ours that it comes to import."""
+    return pipeline.code_fingerprint(pipeline.part_of(*declarations()["experiments"][experiment]["run"].split(":")))
+
+
+def code(parameters: Mapping[str, object], fingerprint: str = "") -> str:
+    """A fingerprint of what made a run's numbers: code (`code_of`), parameters with their defaults, data and model.
+
+    The splits of `01_data` count by that notebook's parameters.
     """
-    everything = {name: value for name, value in (defaults() | parameters).items() if value}
-    inputs = [artifacts.checksum(str(everything[source])) for source in ("dataset", "model")]
-    return hashlib.sha256(json.dumps([everything, inputs], sort_keys=True).encode()).hexdigest()[:16]
+    experiment = declarations()["experiments"][parameters["experiment"]]
+    everything = defaults(parameters["experiment"]) | parameters
+    parts = [
+        fingerprint or code_of(parameters["experiment"]),
+        everything,
+        [artifacts.checksum(everything[name]) for name in ("dataset", "model") if name in everything],
+        pipeline.declared("01_data") if experiment.get("splits") else {},
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rows(name: str) -> list[dict]:
-    """The finished runs of a study; a last line that was cut off by a kill is left out."""
+    """The finished runs of a study, without a last line that was cut off when the study was killed."""
     path = FOLDER / f"{name}.jsonl"
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -100,47 +112,75 @@ def rows(name: str) -> list[dict]:
     return found
 
 
-def run(name: str) -> int:
-    """Runs what is missing of a study, each run in a process of its own; returns how many ran."""
-    plan = grid(name)
-    keys = [key(parameters) for parameters in plan]
-    done = {row["key"]: row for row in rows(name)}
-    keep(name, [done[k] for k in keys if k in done])  # rows of an earlier declaration go
-    missing = [(k, parameters) for k, parameters in zip(keys, plan, strict=True) if k not in done]
-    for k, parameters in (bar := tqdm(missing, desc=name)):
+def stale(name: str) -> list[bool]:
+    """For each finished run of a study, whether its code, defaults, data or model have changed since."""
+    found = rows(name)
+    today = {experiment: code_of(experiment) for experiment in {row["parameters"]["experiment"] for row in found}}
+    return [row["code"] != code(row["parameters"], today[row["parameters"]["experiment"]]) for row in found]
+
+
+def run(name: str, again: bool = False) -> int:
+    """Runs the missing runs of a study, each in a process of its own, and returns their number.
+
+    With `again`, also those whose rows are stale. Raises LLMProdError if there are uncommitted changes: a row names the
+    commit that made it.
+    """
+    plan = {key(parameters): parameters for parameters in grid(name)}
+    outdated = {row["key"] for row, old in zip(rows(name), stale(name), strict=True) if old and again}
+    done = {row["key"] for row in rows(name)} - outdated
+    missing = {k: parameters for k, parameters in plan.items() if k not in done}
+    if missing:
+        require_commit()
+    write(name, plan, {})  # rows of an earlier declaration go
+    for k, parameters in (bar := tqdm(missing.items(), desc=name)):
         bar.set_postfix_str(", ".join(f"{p}={v}" for p, v in parameters.items()))
-        everything = defaults() | parameters
-        if "table" in artifacts.entry(everything["dataset"]):  # labelled texts
+        experiment = declarations()["experiments"][parameters["experiment"]]
+        everything = defaults(parameters["experiment"]) | parameters
+        if experiment.get("splits"):
             prepare(everything["dataset"])
-        started = time.time()
-        everything["splits"] = str(work(everything["dataset"]) / "work" / "01_data" / "splits")
-        found = in_process(declarations()["experiments"][everything["experiment"]], everything)
+            everything["splits"] = str(work(everything["dataset"]) / "work" / "01_data" / "splits")
+        started, fingerprint = time.time(), code(parameters)
+        found = in_process(experiment["run"], everything)
         stamp = {
             "minutes": round((time.time() - started) / 60, 2),
             "machine": machine.describe(),
             "commit": machine.git_commit(),
             "versions": machine.versions(machine.SHOWN),
         }
-        keep(name, [*rows(name), {"key": k, "parameters": parameters, **found, "provenance": stamp}])
+        row = {"key": k, "code": fingerprint, "parameters": parameters, **found, "provenance": stamp}
+        write(name, plan, {k: row})
     return len(missing)
 
 
-def keep(name: str, found: list[dict]) -> None:
-    """Writes a study's rows atomically."""
+def write(name: str, plan: Mapping[str, dict], new: Mapping[str, dict]) -> None:
+    """Writes a study's rows, old and new, in the order of its declaration; atomically."""
+    found = {row["key"]: row for row in rows(name)} | new
     with files.atomic(FOLDER / f"{name}.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(found[k]) + "\n" for k in plan if k in found), encoding="utf-8")
+
+
+def require_commit() -> None:
+    """Raises LLMProdError unless the code of a run is that of a commit (so also outside of a git checkout)."""
+    command = ["git", "-C", str(paths.ROOT), "status", "--porcelain", "--", "llmprod", "notebooks/studies.yaml"]
+    try:
+        changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        raise LLMProdError("Studies run in a git checkout: a row names the commit that made it. Clone it.") from None
+    if changed:
+        names = ", ".join(line[3:] for line in changed[:5])
+        raise LLMProdError(f"A row names the commit that made it, and {names} differ from it. Commit, then run again.")
 
 
 def in_process(experiment: str, parameters: dict) -> dict:
     """The result of an experiment (`module:function`) from a process of its own, so that its peak memory is its own.
 
-    Forked, where the system can, from a server that has imported everything and computed nothing: a fork of a process
+    Forked, if the system can, from a server that has imported everything and computed nothing: a fork of a process
     whose threads have worked would wait for them for ever.
     """
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
         context.set_forkserver_preload([experiment.partition(":")[0]])
-    with context.Pool(1, initializer=end_with_parent) as pool:
+    with context.Pool(1, initializer=begin_process) as pool:
         return pool.apply(experiment_of(experiment), (parameters,))
 
 
@@ -150,18 +190,20 @@ def experiment_of(name: str) -> Callable[[dict], dict]:
     return getattr(importlib.import_module(module), function)
 
 
-def end_with_parent() -> None:
-    """Ends this process when its parent is gone, so that a killed study leaves nothing running."""
+def begin_process() -> None:
+    """Sets threads and log level, and ends this process with its parent: a killed study leaves nothing running."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    machine.set_threads()
+    machine.quiet()
 
 
 def prepare(dataset: str) -> None:
-    """Lets `01_data` prepare a data set's splits, with its own seed, where that is not done."""
+    """Lets `01_data` prepare a data set's splits, with its default seed, unless they are up to date."""
     with runner.environment(TRACKING="none"):
         runner.run(["01_data"], "cpu", {"dataset": dataset}, work(dataset))
 
@@ -175,53 +217,59 @@ def work(dataset: str) -> Path:
 
 
 def table(name: str) -> pd.DataFrame:
-    """A study's finished runs as a frame: parameters, metrics, speeds and minutes in columns."""
+    """A study's finished runs as a frame: parameters, metrics, speeds, minutes, and whether the row is stale."""
     return pd.DataFrame(
         [
             {
-                **defaults(),
+                **defaults(row["parameters"]["experiment"]),
                 **row["parameters"],
                 **row["metrics"],
                 **row["speeds"],
                 "minutes": row["provenance"]["minutes"],
+                "stale": old,
             }
-            for row in rows(name)
+            for row, old in zip(rows(name), stale(name), strict=True)
         ]
     )
 
 
 def means(name: str, by: list[str], metrics: list[str]) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of each metric, for each setting of `by`, in declared order."""
-    found = table(name)
+    """Mean, standard deviation, number of seeds and staleness of each metric, for each setting of `by`.
+
+    The settings stand in declared order; a mean is stale if the row of any of its seeds is.
+    """
+    parts, found = ["mean", "sd", "seeds", "stale"], table(name)
     if found.empty:
         index = pd.MultiIndex.from_arrays([[] for _ in by], names=by)
-        return pd.DataFrame(columns=pd.MultiIndex.from_product([metrics, ["mean", "sd", "seeds"]]), index=index)
-    grouped = found.reindex(columns=[*by, *metrics]).groupby(by, sort=False, dropna=False)[metrics]
-    parts = {"mean": grouped.mean(), "sd": grouped.std(), "seeds": grouped.count()}
-    return pd.concat(parts, axis=1).swaplevel(axis=1)
+        return pd.DataFrame(columns=pd.MultiIndex.from_product([metrics, parts]), index=index)
+    grouped = found.reindex(columns=[*by, *metrics, "stale"]).groupby(by, sort=False, dropna=False)
+    old, values = grouped["stale"].any(), grouped[metrics]
+    old = pd.DataFrame(dict.fromkeys(metrics, old))
+    frames = (values.mean(), values.std(), values.count(), old)
+    return pd.concat(dict(zip(parts, frames, strict=True)), axis=1).swaplevel(axis=1)
 
 
 def curves(name: str, by: str) -> pd.DataFrame:
-    """The learning curves of a study, one row a point: `by`, seed, labels, accuracy."""
+    """The learning curves of a study, one row for each point: `by`, seed, labels, accuracy, stale."""
     parts = [
-        pd.DataFrame(row["curve"]).assign(**{by: row["parameters"][by], "seed": row["parameters"]["seed"]})
-        for row in rows(name)
+        pd.DataFrame(row["curve"]).assign(**{name: row["parameters"][name] for name in (by, "seed")}, stale=old)
+        for row, old in zip(rows(name), stale(name), strict=True)
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[by, "seed", "labels", "accuracy"])
+    columns = [by, "seed", "labels", "accuracy", "stale"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def cell(mean: float, sd: float, seeds: float, old: bool) -> str:
+    """A cell of `means` for people: mean ± sd (seeds), with a † if it is stale."""
+    return results.mean_sd(mean, sd, seeds) + ("†" if old and seeds else "")
 
 
 def styled(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame of `means` for people: mean ± sd (seeds) in each cell."""
+    """A frame of `means` for people; says below what a † means, if there is one."""
     if frame.empty:
         return pd.DataFrame({"": ["not measured yet: make study"]})
-    columns = {}
-    for metric in frame.columns.get_level_values(0).unique():
-        columns[metric] = [
-            ""
-            if not seeds
-            else f"{results.number(mean)} ± {results.number(sd)} ({seeds:.0f})"
-            if seeds > 1
-            else results.number(mean)
-            for mean, sd, seeds in frame[metric][["mean", "sd", "seeds"]].itertuples(index=False)
-        ]
-    return pd.DataFrame(columns, index=frame.index)
+    metrics = frame.columns.get_level_values(0).unique()
+    cells = {m: [cell(*row) for row in frame[m].itertuples(index=False)] for m in metrics}
+    if any(text.endswith("†") for column in cells.values() for text in column):
+        print(STALE)
+    return pd.DataFrame(cells, index=frame.index)

@@ -1,4 +1,4 @@
-"""A tracked run: seeds, threads, versions and parameters at its start; numbers, tables and figures on the way.
+"""Tracking: a notebook's run with its seed, versions and parameters, and the numbers, tables and figures it logs.
 
 Weights & Biases is offline unless `WANDB_API_KEY` is set, and TensorBoard gets the same numbers. `TRACKING=none`
 turns both off.
@@ -16,13 +16,22 @@ import numpy as np
 import pandas as pd
 
 from llmprod import LLMProdError, machine, paths
-from llmprod.machine import SHOWN, git_commit, quiet, seed_everything, set_threads, versions
 
 KINDS = (str, int, float, bool, type(None))
 
 
+class Silent:
+    """A tracker that is turned off: whatever is asked of it, nothing happens."""
+
+    def __getattr__(self, name: str) -> "Silent":
+        return self
+
+    def __call__(self, *arguments: object, **named: object) -> "Silent":
+        return self
+
+
 class Run:
-    """One notebook's run: its parameters, its folder, and where its numbers, tables and figures go."""
+    """One notebook's run: its parameters, its folder, and the trackers of its numbers, tables and figures."""
 
     def __init__(self, notebook: str, parameters: dict):
         self.notebook, self.parameters = notebook, parameters
@@ -30,7 +39,7 @@ class Run:
         self.folder = paths.run_folder()
         self.work = self.folder / "work" / notebook
         self.work.mkdir(parents=True, exist_ok=True)
-        self.wandb = self.tensorboard = None
+        self.wandb = self.tensorboard = self.kinds = Silent()  # `kinds` has W&B's classes Image and Table
         self.step = 0
         mode = os.environ.get("TRACKING", "on")
         if mode not in ("on", "none"):
@@ -39,7 +48,7 @@ class Run:
             self._open()
 
     def _open(self) -> None:
-        """Starts W&B, without a word and without the network unless there is a key, and TensorBoard."""
+        """Starts W&B, silent and offline unless there is a key, and TensorBoard."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         from torch.utils.tensorboard import SummaryWriter
@@ -49,7 +58,7 @@ class Run:
             return wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "llmprod"),
                 name=f"{self.notebook}-{self.folder.name}-seed{self.seed}",
-                group=git_commit(),
+                group=machine.git_commit(),
                 job_type=self.notebook,
                 config=self.parameters,
                 dir=self.folder / "work",
@@ -64,71 +73,65 @@ class Run:
                 f"W&B can't be reached ({str(error).splitlines()[0]}): this run stays offline, `make sync` uploads it."
             )
             self.wandb = begin("offline")
+        self.kinds = wandb
         self.tensorboard = SummaryWriter(self.folder / "work" / "tensorboard" / self.notebook)
 
     def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
-        """Logs numbers at a step of training (the next one, where none is given)."""
+        """Logs numbers at a step of training; by default the next one."""
         self.step = self.step + 1 if step is None else step
-        if self.wandb:
-            self.wandb.log({**numbers, "step": self.step})
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, self.step)
+        self.wandb.log({**numbers, "step": self.step})
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(name, value, self.step)
 
     def figure(self, name: str, figure: plt.Figure) -> None:
         """Saves a figure as `figures/<notebook>-<name>.png` and logs it."""
         path = self.folder / "figures" / f"{self.notebook}-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, bbox_inches="tight")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({f"figures/{name}": wandb.Image(str(path))})
-            self.tensorboard.add_figure(name, figure, close=False)
+        self.wandb.log({f"figures/{name}": self.kinds.Image(str(path))})
+        self.tensorboard.add_figure(name, figure, close=False)
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         """Logs a table."""
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({f"tables/{name}": wandb.Table(dataframe=table.astype(object).map(plain))})
-            self.tensorboard.add_text(name, table.to_markdown())
+        self.wandb.log({f"tables/{name}": self.kinds.Table(dataframe=table.astype(object).map(python_value))})
+        self.tensorboard.add_text(name, table.to_markdown())
 
     def finish(self, numbers: Mapping[str, float], config: dict[str, object]) -> None:
-        """Closes the run with its final numbers (the run's summary) and the checksums it worked on."""
-        if self.wandb:
-            self.wandb.config.update(config)
-            self.wandb.summary.update(dict(numbers))
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(f"results/{name}", value)
-            self.tensorboard.close()
-            self.wandb.finish()
+        """Closes the run with its final numbers (the run's summary) and the checksums of data and model."""
+        self.wandb.config.update(config)
+        self.wandb.summary.update(dict(numbers))
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(f"results/{name}", value)
+        self.tensorboard.close()
+        self.wandb.finish()
 
 
-def plain(value: object) -> object:
-    """A value as a tracker's table takes it."""
+def python_value(value: object) -> object:
+    """A NumPy scalar as the Python value that W&B's tables accept."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def start(notebook: str, cell: Mapping[str, object]) -> Run:
-    """Begins a notebook's run: seeds everything, sets the threads, prints versions, parameters and the device.
+    """Begins a notebook's run: seeds everything, sets the threads, prints versions, device and precision.
 
     Args:
         notebook: its name, without .ipynb
-        cell: the notebook's `globals()`, just after its parameters cell: what holds a plain value is a parameter
+        cell: the notebook's `globals()` just after its parameters cell; every plain value there is a parameter
     """
     parameters = {k: v for k, v in cell.items() if not k.startswith("_") and isinstance(v, KINDS)}
-    seed_everything(parameters["seed"])
-    set_threads()
+    machine.seed_everything(parameters["seed"])
+    machine.set_threads()
     style()
-    quiet()
+    machine.quiet()
     device, precision, reason = machine.device_and_precision(parameters.get("precision", "auto"))
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions(SHOWN).items()))
+    versions = machine.versions(machine.SHOWN)
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(f"device {device.type}, precision {precision}: {reason}")
     return Run(notebook, parameters)
 
 
 def style() -> None:
-    """How every figure looks."""
+    """Sets the style of all figures."""
     plt.rcParams.update(
         {
             "figure.figsize": (7, 4),
@@ -155,9 +158,9 @@ def callback(run: Run):
 
 
 def sync() -> int:
-    """Uploads every offline W&B run under `reports/` and `runs/`; needs `WANDB_API_KEY`. Returns how many."""
+    """Uploads every offline W&B run under `reports/` and `runs/`, and returns their number; needs `WANDB_API_KEY`."""
     if not os.environ.get("WANDB_API_KEY"):
-        raise LLMProdError("WANDB_API_KEY is not set: there is no account to upload to.")
+        raise LLMProdError("WANDB_API_KEY is not set; set it to the key of the account to upload to.")
     folders = [f for top in (paths.REPORTS, paths.RUNS) for f in sorted(Path(top).rglob("offline-run-*")) if f.is_dir()]
     for folder in folders:
         subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True)
