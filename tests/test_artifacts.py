@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -11,12 +12,12 @@ import sys
 import tarfile
 import textwrap
 import threading
-import zipfile
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llmprod import artifacts
+from llmprod import artifacts, paths
 
 CONTENT = {"a.txt": b"first file\n" * 1000, "deep/b.bin": bytes(range(256)) * 500}
 
@@ -41,6 +42,13 @@ def server(tmp_path):
 
         def do_GET(self):
             self.server.asked.append(self.path)
+            sent = self.headers.get("Authorization", "").removeprefix("Basic ")
+            if self.server.password and b64decode(sent).decode() != self.server.password:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", "Basic")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if self.server.cut:  # promises more than it sends, as a broken connection does
                 body = (folder / self.path.lstrip("/")).read_bytes()
                 self.send_response(200)
@@ -54,7 +62,7 @@ def server(tmp_path):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.asked, httpd.cut, httpd.folder = [], False, folder
+        httpd.asked, httpd.cut, httpd.folder, httpd.password = [], False, folder, None
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         httpd.url = f"http://127.0.0.1:{httpd.server_port}"
         yield httpd
@@ -77,7 +85,7 @@ def assert_whole(folder):
 
 def test_registry_is_complete():
     needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k",
-              "movielens-titles", "ner-finance", "loughran-mcdonald"}  # fmt: skip
+              "movielens-titles", "conll2003", "ner-finance", "loughran-mcdonald"}  # fmt: skip
     needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
     assert needed <= set(artifacts.registry())
     for name, item in artifacts.registry().items():
@@ -159,8 +167,6 @@ def test_no_network(monkeypatch, empty_cache):
 def test_package_index_out_of_reach(monkeypatch, empty_cache, tmp_path):
     for name, value in {
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-        "PIP_RETRIES": "0",
-        "PIP_NO_CACHE_DIR": "1",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -178,6 +184,7 @@ def test_unwritable_cache(thing, monkeypatch, tmp_path):
 
 FULL = """
 import resource, signal
+from llmprod import artifacts
 from tests.test_artifacts import describe
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -216,26 +223,109 @@ def test_two_processes_at_once(thing, server):
     assert_whole(artifacts.fetch("thing"))
 
 
-def test_archive_without_the_member(monkeypatch, empty_cache, tmp_path):
-    monkeypatch.setattr(artifacts, "registry", lambda: {"thing": describe({"pip": "nothing==1", "members": "folder"})})
-    archive = tmp_path / "x.zip"
-    with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr("folder/a.txt", CONTENT["a.txt"])
-    monkeypatch.setattr(artifacts, "pip_download", lambda source, target: archive)
-    with pytest.raises(artifacts.ArtifactError, match=r"x\.zip has no member"):
+def pack(archive, top, content):
+    """Writes a tar archive with `content` under the folder `top`. Returns its sha256."""
+    with tarfile.open(archive, "w:gz") as opened:
+        for file, data in content.items():
+            member = tarfile.TarInfo(f"{top}/{file}")
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(monkeypatch, thing, server, tmp_path):
+    """A package index on loopback with one source archive, whose setup.py would leave a mark, and pip set to use it."""
+    setup = f"open({str(tmp_path / 'mark')!r}, 'w'); import setuptools; setuptools.setup(name='parcel', version='1.2')"
+    folder = server.folder / "simple/parcel"
+    folder.mkdir(parents=True)
+    content = {**CONTENT, "setup.py": setup.encode(), "PKG-INFO": b"Name: parcel\nVersion: 1.2\n"}
+    digest = pack(folder / "parcel-1.2.tar.gz", "parcel-1.2", content)
+    page = "<a href='parcel-1.2.tar.gz#sha256={0}' data-requires-python='>=9'>parcel-1.2.tar.gz</a>"
+    (folder / "index.html").write_text(page.format(digest))
+    thing["sources"] = [{"package": "parcel==1.2", "sha256": digest, "members": "parcel-1.2"}]
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
+    yield folder
+    assert not (tmp_path / "mark").exists(), "setup.py was run"
+
+
+def test_package_from_the_index_that_pip_is_configured_with(index, server):
+    assert_whole(artifacts.fetch("thing"))
+    assert server.asked == ["/simple/parcel/", "/simple/parcel/parcel-1.2.tar.gz"]
+
+
+@pytest.mark.parametrize("setting", ["PIP_INDEX_URL", "PIP_FIND_LINKS"])
+def test_package_from_a_folder(index, monkeypatch, setting):
+    monkeypatch.setenv("PIP_NO_INDEX", "0" if setting == "PIP_INDEX_URL" else "1")
+    place = index.parent.as_uri() if setting == "PIP_INDEX_URL" else str(index)
+    monkeypatch.setenv(setting, place)
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_package_from_an_index_that_tells_no_checksums(index, thing):
+    (index / "index.html").write_text("<a href='parcel-1.2.tar.gz'>parcel-1.2.tar.gz</a>")
+    assert_whole(artifacts.fetch("thing"))
+    thing["files"]["c.txt"] = {"sha256": "0" * 64}
+    thing["sources"][0]["sha256"] = "0" * 64
+    with pytest.raises(artifacts.ArtifactError, match=r"parcel==1\.2: no archive with .* registered checksum"):
         artifacts.fetch("thing")
+
+
+def test_package_beside_an_index_out_of_reach(index, server, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"{server.url}/simple")
+    assert_whole(artifacts.fetch("thing"))
+
+
+def test_package_from_pip_s_own_file_with_a_name_and_password(index, server, monkeypatch, tmp_path):
+    monkeypatch.delenv("PIP_INDEX_URL")
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {server.url.replace('//', '//me:secret@')}/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    server.password = "me:secret"
+    assert_whole(artifacts.fetch("thing"))
+    server.password = "me:other"
+    monkeypatch.setenv("LLMPROD_CACHE", str(tmp_path / "other"))
+    with pytest.raises(artifacts.ArtifactError, match="could not be had") as error:
+        artifacts.fetch("thing")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("sha256", "0" * 64), ("package", "parcel==1.3"), ("package", "box==1.2")])
+def test_package_that_the_index_does_not_have(index, thing, key, value):
+    thing["sources"][0][key] = value
+    with pytest.raises(
+        artifacts.ArtifactError, match=r"package \w+==1\.[23]: no archive with this version and"
+    ) as error:
+        artifacts.fetch("thing")
+    assert str(error.value).count("no archive") == 1
+
+
+def test_package_changed_at_the_index(index):
+    archive = index / "parcel-1.2.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-9])
+    with pytest.raises(artifacts.ArtifactError, match=r"parcel-1\.2\.tar\.gz has another checksum than registered"):
+        artifacts.fetch("thing")
+
+
+def test_archive_without_the_member(index, thing):
+    thing["sources"][0]["members"] = "elsewhere"
+    with pytest.raises(artifacts.ArtifactError, match=r"parcel-1\.2\.tar\.gz has no member"):
+        artifacts.fetch("thing")
+
+
+def test_no_index_host_is_named():
+    for file in ("llmprod/artifacts.py", "llmprod/artifacts.yaml", "pyproject.toml", "constraints.txt", "Makefile"):
+        assert not re.search(r"pypi\.|pythonhosted|simple/", (paths.ROOT / file).read_text()), file
 
 
 @pytest.fixture
 def packed(monkeypatch, thing, server):
     """As `thing`, but the server has its files in one archive."""
     archive = server.folder / "x.tar.gz"
-    with tarfile.open(archive, "w:gz") as opened:
-        for file, content in CONTENT.items():
-            member = tarfile.TarInfo(f"top/{file}")
-            member.size = len(content)
-            opened.addfile(member, io.BytesIO(content))
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    digest = pack(archive, "top", CONTENT)
     thing["sources"] = [{"url": server.url, "archive": "x.tar.gz", "sha256": digest, "members": "top"}]
     return archive
 
@@ -266,15 +356,20 @@ def test_downloads_trust_whom_the_system_trusts(server, tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), server.RequestHandlerClass) as secure:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(pem)
-        secure.socket, secure.asked, secure.cut = context.wrap_socket(secure.socket, server_side=True), [], False
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.asked, secure.cut, secure.password = [], False, None
         threading.Thread(target=secure.serve_forever, daemon=True).start()
         code = f"""
         from pathlib import Path
-        from llmprod import artifacts
+        from llmprod import artifacts, paths
         source = {{"url": "https://localhost:{secure.server_port}"}}
-        artifacts.download(artifacts.from_url, source, ["a.txt"], Path({str(tmp_path)!r}))
+        artifacts.from_url(source, "a.txt", Path({str(tmp_path)!r}))
         """
-        clean = {name: value for name, value in os.environ.items() if not name.endswith(("_CA_BUNDLE", "CERT_FILE"))}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.endswith(("_CA_BUNDLE", "CERT_FILE", "PIP_CERT"))
+        }
         run = [sys.executable, "-c", textwrap.dedent(code)]
         alone = subprocess.run(run, env=clean, capture_output=True, text=True)
         assert "ArtifactError" in alone.stderr, "nobody trusts it"
@@ -299,10 +394,7 @@ def test_unknown_name_says_what_there_is():
 
 
 def test_unpack_reads_tar_and_zip_alike(tmp_path):
-    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
-        member = tarfile.TarInfo("top/a.txt")
-        member.size = len(CONTENT["a.txt"])
-        archive.addfile(member, io.BytesIO(CONTENT["a.txt"]))
+    pack(tmp_path / "x.tar.gz", "top", CONTENT)
     artifacts.unpack(tmp_path / "x.tar.gz", "top", ["a.txt"], tmp_path / "out")
     assert (tmp_path / "out/a.txt").read_bytes() == CONTENT["a.txt"]
 
