@@ -2,69 +2,71 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from llmprod import DISK_ERRORS, LLMProdError
+from llmprod import DISK_ERRORS, LLMProdError, paths
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a verdict that fails, 2 for an error the user can mend."""
-    parser = argparse.ArgumentParser(prog="llmprod", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(prog="llmprod", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text)
+    def command(name: str, function: Callable, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=parents)
+        sub.set_defaults(function=function)
+        return sub
 
-    with_profile = argparse.ArgumentParser(add_help=False)
-    with_profile.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
-    command("artifacts", "list models and data: size, licence, source, present or not").add_argument("fetch", nargs="*")
-    for name, text in (
-        ("run", "run one notebook with what it needs, or all"),
-        ("reproduce", "run all notebooks, write the report, print the verdict"),
-    ):
-        sub = commands.add_parser(name, help=text, description=text, parents=[with_profile])
-        sub.add_argument("--notebook", default="", help="for example 02_finetune; all where it is left out")
-        sub.add_argument("--params", default="", help='for example "epochs=2 seed=1"')
-    commands.add_parser("verify", help="print the verdict", parents=[with_profile])
-    commands.add_parser(
-        "report", help="write the report and the generated parts of the READMEs", parents=[with_profile]
-    )
-    reference = commands.add_parser("reference", help="measure the reference over seeds", parents=[with_profile])
+    profile, notebook, journal = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    profile.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
+    notebook.add_argument("--notebook", default="", help="for example 02_finetune; by default all")
+    notebook.add_argument("--params", default="", help='for example "epochs=2 seed=1"')
+    file = paths.RUNS / "monitor" / "journal.sqlite"
+    journal.add_argument("--journal", default=file, help="the monitor's memory (%(default)s)")
+
+    text = "list models and data: size, licence, source, present or not; or fetch those that are named"
+    command("artifacts", list_artifacts, text).add_argument("fetch", nargs="*")
+    command("run", run, "run one notebook with those that it needs, or all", profile, notebook)
+    command("reproduce", reproduce, "run all notebooks, write the report, print the verdict", profile, notebook)
+    command("verify", verify, "print the verdict", profile)
+    command("report", write_report, "write the report and the generated blocks of README and docs", profile)
+    reference = command("reference", measure_reference, "measure the reference over seeds", profile)
     reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    reference.add_argument("--notebook", default="", help="measure only this one and what it needs; all others stay")
-    command("study", "run what is missing of the studies in notebooks/studies.yaml").add_argument("names", nargs="*")
-    journal = argparse.ArgumentParser(add_help=False)
-    journal.add_argument("--journal", default="", help="the monitor's memory; runs/monitor/journal.sqlite by default")
-    text = "watch a stream of documents and warn when negative ones surge"
-    watch = commands.add_parser("monitor", help=text, description=text, parents=[journal])
-    watch.add_argument(
-        "--source",
-        action="append",
-        required=True,
-        help="a feed's address, a file or folder that grows, or -; repeatable",
-    )
-    watch.add_argument(
-        "--alert", action="append", help="console (default), wandb, a webhook's address, or a file.jsonl (repeatable)"
-    )
-    watch.add_argument("--models", default="", help="what 14_news_monitoring saved; by default in profile cpu")
-    watch.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster on a processor"
-    )
-    watch.add_argument(
-        "--every", type=float, default=0, metavar="N", help="a false alarm in N documents of a topic or company"
-    )
+    reference.add_argument("--notebook", default="", help="measure only this one and those that it needs")
+    study = command("study", run_studies, "run the missing runs of the studies in notebooks/studies.yaml")
+    study.add_argument("names", nargs="*", help="by default all")
+    study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
+    command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
+    command("sync", sync, "upload offline W&B runs")
+
+    watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
+    text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
+    watch.add_argument("--source", action="append", required=True, help=text)
+    text = "console (default), wandb, the address of a webhook, or a file.jsonl; repeatable"
+    watch.add_argument("--alert", action="append", help=text)
+    models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
+    watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
+    precisions = ("auto", "fp32", "bf16", "int8")
+    watch.add_argument("--precision", choices=precisions, default="auto", help="int8: faster on a processor")
+    text = "one false alarm in N documents of a topic or company"
+    watch.add_argument("--every", type=float, default=0, metavar="N", help=text)
     watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
     watch.add_argument("--lateness", type=float, default=3600.0, help="seconds that a document may come late")
-    watch.add_argument("--pause", type=float, default=5.0, help="seconds to wait where nothing came")
-    text = "list the monitor's alerts; acknowledge and judge them; write the texts behind judged ones"
-    alerts = commands.add_parser("alerts", help=text, description=text, parents=[journal])
+    watch.add_argument("--pause", type=float, default=5.0, help="seconds to wait when nothing came")
+    text = "list the monitor's alerts; acknowledge and judge them; export the texts behind judged ones"
+    alerts = command("alerts", judge_alerts, text, journal)
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
-    command("pin", "write the commit that Colab installs into the notebooks' first cell")
-    command("sync", "upload offline W&B runs")
-    options = parser.parse_args(arguments)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a failing verdict, 2 for an error that the user can fix."""
+    options = parser().parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
+        return options.function(options)
     except LLMProdError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -124,14 +126,13 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace) -> int:
-    from llmprod import paths
     from llmprod.harness import report, runner
 
     folder = runner.folder_for(options.profile, {})
     if (folder / "results").exists():
         report.build(folder)
-    for name, language in (("README.md", "en"), ("README.zh.md", "zh")):
-        (paths.ROOT / name).write_text(report.update_readme(paths.ROOT / name, language), encoding="utf-8")
+    for name, language in report.GENERATED.items():
+        (paths.ROOT / name).write_text(report.update(paths.ROOT / name, language), encoding="utf-8")
     return 0
 
 
@@ -148,25 +149,24 @@ def run_studies(options: argparse.Namespace) -> int:
     from llmprod.harness import study
 
     for name in options.names or study.declared():
-        print(f"{name}: {study.run(name)} runs, {len(study.rows(name))} in all")
+        ran = study.run(name, again=options.stale)
+        print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {sum(study.stale(name))} of earlier code (stale)")
     return 0
 
 
 def monitor_stream(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from llmprod import machine
     from llmprod.news_monitoring import channels, monitor, sources
     from llmprod.news_monitoring.journal import Journal
+    from llmprod.news_monitoring.scorer import Scorer
 
     machine.set_threads()
     machine.quiet()
     followed = [sources.open_source(word) for word in options.source]
     told = [channels.open_channel(word) for word in options.alert or ["console"]]
-    folder = Path(options.models) if options.models else monitor.default_models()
-    scorer = monitor.Scorer(folder, options.precision, options.every)
-    with Journal(monitor.journal_file(options.journal)) as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.detector, told, options.lateness)
+    scorer = Scorer(Path(options.models), options.precision, options.every)
+    with Journal(options.journal) as journal:
+        watching = monitor.Monitor(scorer, journal, scorer.config.detector, told, options.lateness)
         counts = monitor.run(watching, followed, options.once, options.pause)
         late = journal.late()
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
@@ -180,12 +180,12 @@ def judge_alerts(options: argparse.Namespace) -> int:
     from llmprod.news_monitoring import monitor
     from llmprod.news_monitoring.journal import Journal
 
-    with Journal(monitor.journal_file(options.journal), shared=True) as journal:
+    with Journal(options.journal, shared=True) as journal:
         for alert in options.acknowledge:
             journal.acknowledge(alert)
         for right, names in ((True, options.right), (False, options.wrong)):
             for alert in names:
-                journal.judge(alert, right)
+                journal.acknowledge(alert, right)
         if options.export:
             monitor.judged(journal).to_csv(options.export, index=False)
         found = journal.alerts()
@@ -210,20 +210,6 @@ def sync(options: argparse.Namespace) -> int:
     print(f"uploaded {track.sync()} runs")
     return 0
 
-
-COMMANDS = {
-    "artifacts": list_artifacts,
-    "run": run,
-    "reproduce": reproduce,
-    "verify": verify,
-    "report": write_report,
-    "reference": measure_reference,
-    "study": run_studies,
-    "monitor": monitor_stream,
-    "alerts": judge_alerts,
-    "pin": pin,
-    "sync": sync,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Files: written atomically, JSON."""
+"""Files: atomic writes, JSON."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from llmprod import LLMProdError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to, which takes its place when the block ends without an error.
+    """A path next to `path` to write a file or folder to; it replaces `path` when the block ends without an error.
 
-    So a reader sees the old content or the new one, never a part; what a killed run left is overwritten.
+    A reader sees the old content or the new one, never a part; remains of a killed run are overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.writing")
@@ -26,7 +26,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there."""
+    """Deletes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -40,7 +40,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file. Raises LLMProdError where it is damaged."""
+    """Reads a JSON file. Raises LLMProdError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

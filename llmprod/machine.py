@@ -20,11 +20,11 @@ from llmprod import LLMProdError, paths
 
 
 def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, str]:
-    """Where to compute and in what number format, and why.
+    """Chooses the device and the number format, and says why.
 
     Args:
         precision: "fp32", "bf16" (matrix products in bfloat16, weights and everything else in float32), or "auto":
-            bf16 where it is the faster one here (see `bf16_is_faster`)
+            bf16 if it is faster on this machine (see `bf16_is_faster`)
 
     Returns device, precision and the reason for the two, for people to read.
     """
@@ -46,10 +46,10 @@ def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, st
 
 @cache
 def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, by a measurement of milliseconds.
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, measured within milliseconds.
 
-    Instructions for bfloat16 alone don't tell: some processors run them at half the speed of float32, others at twice
-    to four times. Where there are none, nothing is measured.
+    Instructions for bfloat16 are no guarantee: some processors run them at half the speed of float32, others at twice
+    to four times. Without such instructions nothing is measured.
     """
     can = torch.cpu.get_capabilities()
     if not (can.get("avx512_bf16") or can.get("amx_bf16")):
@@ -74,7 +74,7 @@ SHOWN = ("torch", "transformers", "datasets", "scikit-learn", "pandas", "numpy")
 
 
 def quiet() -> None:
-    """No warnings and bars of loading weights, which takes no time; training keeps its own."""
+    """Silences warnings and progress bars of loading weights, which takes no time; training keeps its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
@@ -116,7 +116,7 @@ def describe() -> str:
 
 
 def git_commit() -> str:
-    """The commit of the checkout, with a plus where files differ from it; "none" outside of a checkout."""
+    """The commit of the checkout, with a plus if files differ from it; "none" outside of a checkout."""
     try:
         command = ["git", "-C", str(paths.ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -125,7 +125,7 @@ def git_commit() -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB (of the GPU where one is used)."""
+    """The peak memory of this process so far, in MB (GPU memory if there is one)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     import resource

@@ -5,6 +5,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -190,6 +191,40 @@ def test_majority_class_drifts_from_every_reference(texts):
 # Pages
 
 
+def test_a_table_is_data(monkeypatch, tmp_path):
+    """Rows of ours with a † if they are stale, published rows, the order, another language, and nothing measured yet."""
+    (tmp_path / "tables.yaml").write_text(
+        """
+words: {here: {en: here, zh: 此处}, missing: {en: nothing, zh: 无}, stale: {en: † old, zh: † 旧}}
+tables:
+  one:
+    columns: {method: [method, 方法], score: [score, 分数]}
+    order: [WideMLP, "{here} plain", "{here} prototypes"]
+    blocks:
+      - {study: few, by: [strategy], where: {shots: [5]}, method: "{here} {strategy}", score: {metric: accuracy}}
+      - {published: {03_evaluate: reuters-r8}, where: {method: [WideMLP]}, method: "{method}", score: "{value:.2f}"}
+  two:
+    columns: {method: [method, 方法], score: [score, 分数]}
+    blocks: [{rows: [[a]], method: "{0}", score: {study: few, where: {shots: [7]}, metric: accuracy}}]
+"""
+    )
+
+    def means(name: str, by: list[str], metrics: list[str]) -> pd.DataFrame:
+        rows = [("plain", 5, 0.5, True), ("prototypes", 5, 0.75, False), ("plain", 10, 0.9, False)]
+        frame = pd.DataFrame(rows, columns=["strategy", "shots", "mean", "stale"]).assign(sd=0.0, seeds=1)
+        frame = frame.set_index(by)[["mean", "sd", "seeds", "stale"]]
+        return pd.concat({"accuracy": frame}, axis=1)
+
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(report.study, "means", means)
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in report.result_table("one", "en").splitlines()]
+    assert cells[0] == ["method", "score"] and cells[2:5] == [
+        ["WideMLP", "0.97"], ["here plain", "0.5000†"], ["here prototypes", "0.7500"],
+    ]  # fmt: skip
+    assert report.result_table("one", "en").endswith("\n\n† old")
+    assert report.result_table("two", "zh") == "无"
+
+
 def test_report_pages_of_a_run(smoke_run):
     report.build(smoke_run)
     page = (smoke_run / "README.md").read_text()
@@ -207,7 +242,7 @@ def test_report_pages_of_a_run(smoke_run):
 @pytest.mark.parametrize(("name", "language"), [("README.md", "en"), ("README.zh.md", "zh")])
 def test_generated_parts_of_the_readme_were_not_edited(name, language):
     path = paths.ROOT / name
-    assert report.update_readme(path, language) == path.read_text(), "run make report"
+    assert report.update(path, language) == path.read_text(), "run make report"
     assert {"badges", "notebooks", "results", "studies", "recommendation", "sentiment"} <= set(
         re.findall(r"<!-- generated: (\w+) -->", path.read_text())
     )

@@ -122,6 +122,61 @@ def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_pat
     assert stale(smoke_run) == reruns
 
 
+@pytest.mark.parametrize(
+    ("file", "reruns"),
+    [
+        ("llmprod/recommendation/scorers.py", {"13_recommendation"}),
+        ("llmprod/financial_sentiment/sentiment.py", {"12_financial_sentiment", "14_news_monitoring"}),
+        ("llmprod/optimize.py", {"04_optimize"}),
+        ("llmprod/machine.py", {*pipeline.pipeline()}),
+        ("llmprod/harness/report.py", set()),
+        ("llmprod/harness/page.html", set()),
+        ("notebooks/tables.yaml", set()),
+        ("README.md", set()),
+    ],
+)
+def test_a_changed_file_changes_the_fingerprints_that_depend_on_it(monkeypatch, tmp_path, file, reruns):
+    skipped = shutil.ignore_patterns("__pycache__", "repository")
+    for name in ("llmprod", "notebooks"):
+        shutil.copytree(paths.ROOT / name, tmp_path / name, ignore=skipped)
+    shutil.copy(paths.ROOT / "README.md", tmp_path)
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    injected = pipeline.settings("cpu", {})
+    before = {name: pipeline.fingerprint(name, injected) for name in pipeline.pipeline()}
+    path = tmp_path / file
+    more = {".py": "\nCHANGED = True\n", ".yaml": "\nchanged: true\n"}.get(path.suffix, "changed")
+    path.write_text(path.read_text() + more)
+    after = {name: pipeline.fingerprint(name, injected) for name in pipeline.pipeline()}
+    assert {name for name in before if before[name] != after[name]} == reruns
+
+
+def test_a_file_that_a_module_names_counts_with_it(monkeypatch, tmp_path):
+    shutil.copytree(paths.PACKAGE, tmp_path / "llmprod", ignore=shutil.ignore_patterns("__pycache__", "repository"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
+    (tmp_path / "llmprod/evaluate/lists.py").write_text('WORDS = "words.yaml"\n')
+    tree, prints = pipeline.syntax_tree("from llmprod.evaluate import lists"), []
+    for words in ("a", "b", "b"):
+        (tmp_path / "llmprod/evaluate/words.yaml").write_text(words)
+        prints.append(pipeline.code_fingerprint(tree))
+    assert prints[0] != prints[1] == prints[2]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import llmprod.nothing",
+        "from llmprod import nothing",
+        "from llmprod.evaluate import nothing",
+        "from llmprod.evaluate.metrics import nothing",
+        "from . import files",
+    ],
+)
+def test_an_import_that_cannot_be_found_is_an_error(code):
+    with pytest.raises(LLMProdError):
+        pipeline.modules_of(pipeline.syntax_tree(code))
+
+
 def test_a_changed_artifact_reruns_what_reads_it(smoke_run, monkeypatch):
     entry = json.loads(json.dumps(artifacts.registry()))
     entry["reuters-r8"]["files"]["reuters-r8-test.tab"]["sha256"] = "0" * 64

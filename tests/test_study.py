@@ -1,10 +1,14 @@
-"""Studies: what is declared can run, what ran is kept, and the committed rows belong to the declaration."""
+"""Studies: declared runs can run, finished ones are kept, changed code is noticed, committed rows fit the declaration."""
 
+import ast
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import yaml
@@ -17,7 +21,7 @@ from llmprod.harness import study
 def tiny(monkeypatch, tmp_path):
     """One study of two quick runs in a folder of its own, on a prepared subset of R8."""
     declaration = {
-        "experiments": {"finetune": "llmprod.evaluate.studies:finetuning"},
+        "experiments": {"finetune": study.declarations()["experiments"]["finetune"]},
         "tiny": {
             "parameters": {"epochs": 1, "max_length": 16, "shots": 2, "precision": "fp32"},
             "vary": {"strategy": ["plain", "prototypes"]},
@@ -35,6 +39,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "FOLDER", tmp_path / "studies")
     monkeypatch.setattr(study, "work", lambda dataset: tmp_path / "work")
     monkeypatch.setattr(study, "prepare", lambda dataset: None)
+    monkeypatch.setattr(study, "require_commit", lambda: None)
     monkeypatch.setattr(study, "in_process", lambda name, parameters: study.experiment_of(name)(parameters))
     return tmp_path, declaration
 
@@ -61,7 +66,81 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(tiny):
 
     means = study.means("tiny", ["strategy"], ["accuracy"])
     assert means.loc["plain", ("accuracy", "seeds")] == 2
-    assert "(2)" in study.styled(means).loc["plain", "accuracy"]
+    assert study.styled(means).loc["plain", "accuracy"].endswith("(2)")
+
+    path.write_text(path.read_text().replace(study.rows("tiny")[0]["code"], "", 1))
+    assert study.stale("tiny") == [True, False] and study.run("tiny") == 0, "kept until it is asked for"
+    assert study.styled(study.means("tiny", ["strategy"], ["accuracy"])).loc["plain", "accuracy"].endswith("(2)†")
+    assert study.run("tiny", again=True) == 1 and not any(study.stale("tiny"))
+    assert study.rows("tiny")[0]["metrics"] == first[0]["metrics"]
+
+
+@pytest.fixture
+def own_package(monkeypatch, tmp_path):
+    """A copy of the package that a test may change, with a finished row of every experiment: edit -> stale ones."""
+    shutil.copytree(paths.PACKAGE, tmp_path / "llmprod", ignore=shutil.ignore_patterns("__pycache__", "repository"))
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    with (tmp_path / "all.jsonl").open("w") as file:
+        for name in study.declarations()["experiments"]:
+            parameters = {"experiment": name, "seed": 0}
+            file.write(json.dumps({"code": study.code(parameters), "parameters": parameters}) + "\n")
+
+    def edit(module: str, change: Callable[[str], str]) -> set[str]:
+        path = tmp_path / "llmprod" / module
+        path.write_text(change(path.read_text()))
+        rows = zip(study.rows("all"), study.stale("all"), strict=True)
+        return {row["parameters"]["experiment"] for row, stale in rows if stale}
+
+    return edit
+
+
+def statement_in(function: str) -> Callable[[str], str]:
+    """An edit that adds a statement at the end of a function."""
+
+    def change(source: str) -> str:
+        (node,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == function]
+        lines = source.splitlines(keepends=True)
+        return "".join([*lines[: node.body[-1].lineno - 1], "    changed = 1\n", *lines[node.body[-1].lineno - 1 :]])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "experiments"),
+    [
+        ("financial_sentiment/studies.py", "weak_supervision", {"weak labels"}),
+        ("recommendation/sequence.py", "next_items", {"next item"}),
+        ("recommendation/scorers.py", "ease", {"next item", "recommendation"}),
+        ("machine.py", "cores", set(study.declarations()["experiments"])),
+        ("harness/study.py", "table", set()),
+    ],
+)
+def test_a_changed_function_makes_the_rows_that_it_made_stale(own_package, module, function, experiments):
+    assert own_package(module, statement_in(function)) == experiments
+
+
+def test_a_changed_docstring_or_comment_makes_none_stale(own_package):
+    def change(source: str) -> str:
+        return re.sub(r'(def .*:\n    """)', r"\1More words. ", source) + "\n# a comment\n"
+
+    assert own_package("recommendation/studies.py", change) == set() == own_package("models.py", change)
+
+
+def test_a_row_of_uncommitted_code_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    with pytest.raises(LLMProdError, match="git checkout"):
+        study.require_commit()
+    (tmp_path / "llmprod").mkdir()
+    (tmp_path / "llmprod/a.py").write_text("a = 1\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "a"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    (tmp_path / "other.py").write_text("")
+    study.require_commit()
+    (tmp_path / "llmprod/a.py").write_text("a = 2\n")
+    with pytest.raises(LLMProdError, match=r"llmprod/a\.py differ from it\. Commit"):
+        study.require_commit()
 
 
 def test_a_run_has_a_process_of_its_own():
@@ -122,7 +201,6 @@ def test_unknown_names_are_named(tiny):
 def test_every_declared_run_has_known_parameters_and_a_key_of_its_own(name):
     plan = study.grid(name)
     assert len({study.key(parameters) for parameters in plan}) == len(plan)
-    assert all(p.get("experiment", "finetune") in study.declarations()["experiments"] for p in plan)
     chosen = [p for p in plan if p.get("split", "test") != "test"]
     assert not chosen or (len(chosen) == len(plan) and {p["seed"] for p in plan} == {0}), "settings are chosen apart"
 
@@ -134,5 +212,6 @@ def test_committed_rows_are_runs_of_the_declaration(path):
     for line in path.read_text().splitlines():
         row = json.loads(line)
         assert row["key"] == study.key(row["parameters"]) and row["key"] in keys
+        assert not row["code"] or "+" not in row["provenance"]["commit"], "rows with a fingerprint come from a commit"
         assert set(row["provenance"]) == {"minutes", "machine", "commit", "versions"}
         assert set(row["provenance"]["versions"]) == set(machine.SHOWN)

@@ -1,8 +1,10 @@
-"""The pages that are generated: a run's report, the tables of the READMEs."""
+"""Generated pages: a run's report, and the generated blocks of the READMEs and docs/ARCHITECTURE.md."""
 
+import ast
 import re
 import shutil
 from pathlib import Path
+from string import Template
 
 import pandas as pd
 import yaml
@@ -11,7 +13,7 @@ from llmprod import paths
 from llmprod.harness import study
 from llmprod.harness.notebooks import colab, repository
 from llmprod.harness.pipeline import pipeline
-from llmprod.harness.results import markdown, published, reference, results, spread, verify
+from llmprod.harness.results import markdown, reference, results, spread, tally, verify
 
 # Pages
 
@@ -23,11 +25,13 @@ def build(folder: Path) -> None:
     text = page(folder)
     (folder / "README.md").write_text(text, encoding="utf-8")
     body = mistune.create_markdown(plugins=["table"])(text.replace(".ipynb)", ".html)"))
-    (folder / "index.html").write_text(HTML.format(title=f"llmprod: {folder.name}", body=body), encoding="utf-8")
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    html = template.substitute(title=f"llmprod: {folder.name}", body=body)
+    (folder / "index.html").write_text(html, encoding="utf-8")
 
 
 def keep(profile: str) -> None:
-    """Copies a profile's executed notebooks, figures and report to its reference, where they are committed."""
+    """Copies a profile's executed notebooks, figures and report to `reports/reference`, to be committed."""
     run, shelf = paths.REPORTS / profile, paths.REFERENCE / profile
     shutil.rmtree(shelf, ignore_errors=True)
     shutil.copytree(run / "figures", shelf / "figures")
@@ -35,22 +39,12 @@ def keep(profile: str) -> None:
         shutil.copyfile(run / name, shelf / name)
 
 
-HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;display:block;overflow-x:auto}}td,th{{padding:.3rem .7rem;border-bottom:1px solid #ddd;
-text-align:left;white-space:nowrap}}td:last-child{{white-space:normal}}img{{max-width:100%}}a{{color:#0b6e99}}</style>
-<body>{body}</body></html>
-"""
-
-
 def page(folder: Path) -> str:
-    """The report of a run as Markdown."""
+    """A run's report as Markdown."""
     table, found = verify(folder), results(folder)
-    tally = ", ".join(f"{count} {name}" for name, count in table["verdict"].value_counts().items())
     parts = [
         f"# Report of the run `{folder.name}`",
-        f"**Verdict: {tally or 'nothing was recorded'}.**",
+        f"**Verdict: {tally(table) or 'nothing was recorded'}.**",
         markdown(table),
     ]
     parts.append(
@@ -71,22 +65,22 @@ def page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def update_readme(path: Path, language: str) -> str:
-    """A README's text with its generated parts, `<!-- generated: name -->` to `<!-- end -->`, written anew."""
-    blocks = {
-        "badges": badges,
-        "notebooks": notebook_table,
-        "results": result_table,
-        "studies": study_table,
-        "recommendation": recommendation_table,
-        "sentiment": sentiment_table,
-    }
+# Generated blocks of the READMEs and docs/ARCHITECTURE.md
+
+
+def update(path: Path, language: str) -> str:
+    """A file's text with its generated blocks, `<!-- generated: name -->` to `<!-- end -->`, written anew."""
+    functions = {"badges": badges, "notebooks": notebook_table, "house": house}
 
     def renew(match: re.Match) -> str:
-        return f"<!-- generated: {match[1]} -->\n{blocks[match[1]](language)}\n<!-- end -->"
+        block = functions[match[1]](language) if match[1] in functions else result_table(match[1], language)
+        return f"<!-- generated: {match[1]} -->\n{block}\n<!-- end -->"
 
     pattern = r"<!-- generated: (\w+) -->\n(?:.*?\n)??<!-- end -->"
     return re.sub(pattern, renew, path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+GENERATED = {"README.md": "en", "README.zh.md": "zh", "docs/ARCHITECTURE.md": "en"}
 
 
 def badges(language: str) -> str:
@@ -96,15 +90,8 @@ def badges(language: str) -> str:
     return f"[![tests]({url}/actions/workflows/tests.yml/badge.svg)]({url}/actions/workflows/tests.yml) {licence}"
 
 
-OURS = {
-    "**MiniLM, fine-tuned (22.7 M parameters)**": "",
-    "MiniLM, frozen + logistic regression": "frozen encoder ",
-    "TF-IDF + logistic regression": "TF-IDF ",
-}
-
-
 def notebook_table(language: str) -> str:
-    """The notebooks: what each does, its minutes and its main result, from the `cpu` reference."""
+    """The notebooks: content, minutes and main result of each, from the `cpu` reference."""
     title, executed, heads = {
         "en": ("title", "executed", ["notebook", "what it does", "minutes", "main result", ""]),
         "zh": ("title_zh", "已执行", ["笔记本", "内容", "分钟", "主要结果", ""]),
@@ -113,131 +100,80 @@ def notebook_table(language: str) -> str:
     for name, item in pipeline().items():
         measured = expected.get(name)
         link = f"[`{name}`](notebooks/{name}.ipynb)"
-        link += f" ([{executed}](reports/reference/cpu/{name}.ipynb))" if measured else ""
-        minutes = f"{measured['minutes']:.1f}" if measured else ""
+        copy = f"reports/reference/cpu/{name}.ipynb"
+        link += f" ([{executed}]({copy}))" if (paths.ROOT / copy).exists() else ""
+        minutes = f"{measured['minutes']:.1f}" if measured and measured["minutes"] else ""
         headline = f"{item['headline']} {spread(measured['metrics'][item['headline']])}" if measured else ""
         rows.append([link, item[title], minutes, headline, colab(name)])
     return markdown(pd.DataFrame(rows, columns=heads))
 
 
-def result_table(language: str) -> str:
-    """The main figures of the `cpu` reference beside the published ones."""
-    here, missing, heads = {
-        "en": ("this repository", "Not measured yet.", ["method", "accuracy", "macro-F1", "source"]),
-        "zh": ("本仓库", "尚未测量。", ["方法", "准确率", "宏平均 F1", "来源"]),
-    }[language]
-    measured = reference("cpu").get("03_evaluate")
-    if not measured:
-        return missing
-    metrics, rows = measured["metrics"], []
-    for method, prefix in OURS.items():
-        rows.append([method, spread(metrics[f"{prefix}accuracy"]), spread(metrics[f"{prefix}macro-F1"]), here])
-    for other in published("03_evaluate", measured["protocol"]):
-        rows.append([other["method"], f"{other['value']:.4g}", "", f"{other['source']}; {other['protocol']}"])
-    return markdown(pd.DataFrame(rows, columns=heads))
+def house(language: str) -> str:
+    """The modules, one line each with the first sentence of its docstring."""
+    lines = []
+    for file in sorted(paths.PACKAGE.rglob("*.py"), key=lambda f: (f.parent != paths.PACKAGE, f)):
+        place = file.relative_to(paths.PACKAGE)
+        if place.parts[0] == "repository":  # what a wheel carries next to the modules
+            continue
+        name = f"{place.parent}/" if place.name == "__init__.py" and place.parent.name else place.name
+        indent = "  " if place.parent.name and place.name != "__init__.py" else ""
+        sentence = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
+        lines.append(f"{indent + name:<24} {sentence}")
+    return "\n".join(["```text", *lines, "```"])
 
 
-def study_table(language: str) -> str:
-    """Banking77 by the number of labelled texts of each class, from the studies, beside published figures."""
-    here, missing, heads, everything = {
-        "en": ("this repository", "Not measured yet.", ["texts a class", "method", "accuracy", "source"], "all"),
-        "zh": ("本仓库", "尚未测量。", ["每类样本数", "方法", "准确率", "来源"], "全部"),
-    }[language]
-    rows = []
-    for name, of in (("few-labels", "strategy"), ("all-labels", "method")):
-        found = study.means(name, ["dataset", of, "shots"], ["accuracy"])
-        texts = study.styled(found)
-        for (dataset, method, shots), row in texts.iterrows() if len(found) else ():
-            if dataset == "banking77" and shots in (0, 5, 10):
-                size = 0 if method == "class names alone" else shots or everything
-                rows.append([size, f"MiniLM, {method}", row["accuracy"], here])
-    if not rows:
-        return missing
-    figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
-    for item in figures["few-labels"]["banking77"] + figures["03_evaluate"]["banking77"]:
-        rows.append(
-            [
-                item.get("shots", everything),
-                item["method"],
-                f"{item['value']:.4g}",
-                f"{item['source']}; {item['protocol']}",
-            ]
-        )
-    order = [0, 5, 10, everything]
-    rows.sort(key=lambda row: order.index(row[0]))
-    return markdown(pd.DataFrame(rows, columns=heads))
+def result_table(name: str, language: str) -> str:
+    """A table of `notebooks/tables.yaml`: our numbers with their spread over seeds, and published figures."""
+    content = yaml.safe_load((paths.NOTEBOOKS / "tables.yaml").read_text(encoding="utf-8"))
+    words = {word: texts[language] for word, texts in content["words"].items()}
+    table, rows, ours = content["tables"][name], [], 0
+    titles = [title[language == "zh"] for title in table["columns"].values()]
+    for block in table["blocks"]:
+        for values, fields in row_sources(block):
+            fill = {column: block[column] for column in table["columns"] if column in block}
+            cells = {column: table_cell(template, values, words | fields) for column, template in fill.items()}
+            numbers = [cells[column] for column, template in fill.items() if isinstance(template, dict)]
+            if any(numbers) or not numbers:
+                rows.append([cells.get(column, "") for column in table["columns"]])
+                ours += bool(numbers)
+    if not ours:
+        return words["missing"]
+    if order := [value.format(**words) for value in table.get("order", [])]:
+        rows.sort(key=lambda row: order.index(row[0]))
+    text = markdown(pd.DataFrame(rows, columns=titles))
+    return f"{text}\n\n{words['stale']}" if "†" in text else text
 
 
-RECOMMENDERS = ("hybrid", "hybrid without text", "hybrid without graph", "EASE", "iALS")
-RECOMMENDERS += ("recent popularity", "popularity")
+def row_sources(block: dict) -> list[tuple[list, dict]]:
+    """The rows of a block of a table: the values and named fields that its templates may use."""
+    if "rows" in block:
+        return [(values, {}) for values in block["rows"]]
+    if "published" in block:
+        ((notebook, dataset),) = block["published"].items()
+        figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))[notebook][dataset]
+        return [([], item) for item in figures if allowed(item, block.get("where", {}))]
+    columns = dict.fromkeys([*block.get("where", {}), *block["by"]])
+    metrics = [template["metric"] for template in block.values() if isinstance(template, dict) and "metric" in template]
+    means = study.means(block["study"], list(columns), metrics)
+    settings = zip(means.index.to_frame().to_dict("records"), means.iterrows(), strict=True)
+    return [([], fields | {"means": row}) for fields, (_, row) in settings if allowed(fields, block.get("where", {}))]
 
 
-def recommendation_table(language: str) -> str:
-    """MovieLens-100K by two protocols, from the study of recommendation, beside published figures."""
-    here, missing, heads = {
-        "en": (
-            "this repository",
-            "Not measured yet.",
-            ["method", "nDCG, time", "nDCG, within items", "precision", "source"],
-        ),
-        "zh": ("本仓库", "尚未测量。", ["方法", "nDCG，按时间", "nDCG，物品内随机", "精确率", "来源"]),
-    }[language]
-    metrics = [f"{method}, {metric}" for method in RECOMMENDERS for metric in ("nDCG", "precision")]
-    shown = study.styled(study.means("recommendation", ["protocol"], metrics))
-    if not {"time", "within items"} <= set(shown.index):
-        return missing
-    rows = [
-        [
-            f"**{method}**" if method == "hybrid" else method,
-            shown.loc["time", f"{method}, nDCG"],
-            shown.loc["within items", f"{method}, nDCG"],
-            shown.loc["within items", f"{method}, precision"],
-            here,
-        ]
-        for method in RECOMMENDERS
-    ]
-    for item in published("13_recommendation", {"interactions": "movielens-100k"}):
-        source = f"{item['source']}; {item['protocol']}"
-        rows.append([item["method"], "", f"{item['value']:.4g}", f"{item['precision']:.4g}", source])
-    return markdown(pd.DataFrame(rows, columns=heads))
+def table_cell(template: str | dict, values: list, fields: dict) -> str:
+    """One cell: a text with its values filled in, or a number of ours from the reference or a study; "" if missing."""
+    if isinstance(template, str):
+        return template.format(*values, **fields)
+    metric = template["metric"].format(*values)
+    if "reference" in template:
+        measured = reference("cpu").get(template["reference"])
+        return spread(measured["metrics"][metric]) if measured else ""
+    if "study" in template:
+        block = {"study": template["study"], "where": template["where"], "by": [], "cell": {"metric": metric}}
+        found = row_sources(block)
+        return study.cell(*found[0][1]["means"][metric]) if found else ""
+    return study.cell(*fields["means"][metric])
 
 
-def sentiment_table(language: str) -> str:
-    """Sentiment of editorials and of financial news, from the studies, beside published figures."""
-    here, missing, heads = {
-        "en": (
-            "this repository",
-            "Not measured yet.",
-            ["method", "editorials, r", "F1", "news, accuracy", "macro-F1", "all agree", "macro-F1", "source"],
-        ),
-        "zh": (
-            "本仓库",
-            "尚未测量。",
-            ["方法", "社论，r", "F1", "财经新闻，准确率", "宏平均 F1", "标注一致，准确率", "宏平均 F1", "来源"],
-        ),
-    }[language]
-    measured = reference("cpu").get("12_financial_sentiment")
-    if not measured:
-        return missing
-    metrics = measured["metrics"]
-    news = study.means("phrasebank", ["part"], ["accuracy", "macro-F1"])
-    news = study.styled(news) if len(news) else pd.DataFrame(columns=["accuracy", "macro-F1"])
-    folds = [cell for part in ("50Agree", "AllAgree") for cell in (news.loc[part] if part in news.index else ["", ""])]
-    ours = {
-        "**MiniLM, fine-tuned (22.7 M parameters)**": ("sentiment r", "sentiment weighted F1", folds),
-        "MiniLM, frozen + ridge": ("sentiment r, frozen", None, [""] * 4),
-        "VADER, measured here": ("sentiment r, VADER", "sentiment weighted F1, VADER", [""] * 4),
-    }
-    rows = [
-        [method, *(spread(metrics[name]) if name else "" for name in names), *rest, here]
-        for method, (*names, rest) in ours.items()
-    ]
-    figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))["12_financial_sentiment"]
-    for item in figures["sentiment-human"]:
-        r = item["value"] if item["metric"].startswith("sentiment r") else ""
-        rows.append([item["method"], r, item.get("f1", item["value"]), "", "", "", ""])
-        rows[-1].append(f"{item['source']}; {item['protocol']}")
-    for item in figures["financial-phrasebank"]:
-        rows.append([item["method"], "", "", *(item[name] for name in ("value", "f1", "value_all", "f1_all"))])
-        rows[-1].append(f"{item['source']}; {item['protocol']}")
-    return markdown(pd.DataFrame(rows, columns=heads).astype(str))
+def allowed(fields: dict, where: dict[str, list]) -> bool:
+    """Whether every field that `where` names has one of the values that it lists."""
+    return all(fields[name] in values for name, values in where.items())
