@@ -192,7 +192,7 @@ def test_majority_class_drifts_from_every_reference(texts):
 
 
 def test_a_table_is_data(monkeypatch, tmp_path):
-    """Rows of ours with a † if they are stale, published rows, the order, another language, and nothing measured yet."""
+    """Rows of ours, with a † if stale; published rows; the order; another language; nothing measured yet."""
     (tmp_path / "tables.yaml").write_text(
         """
 words: {here: {en: here, zh: 此处}, missing: {en: nothing, zh: 无}, stale: {en: † old, zh: † 旧}}

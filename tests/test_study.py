@@ -1,4 +1,4 @@
-"""Studies: declared runs can run, finished ones are kept, changed code is noticed, committed rows fit the declaration."""
+"""Studies: declared runs can run, finished ones are kept, changed code is noticed, committed rows are declared ones."""
 
 import ast
 import json
