@@ -115,24 +115,24 @@ def learnt():
     themes = [f"{theme} number {i}" for i in range(12) for theme in ("wheat and corn harvest", "bank interest rates")]
     topic = multitask.Task("topic", themes, np.tile([0, 1], 12), ["grain", "interest"])
     losses = []
-    model = multitask.learn(
+    predictor = multitask.train_multitask(
         [feeling, topic], layers=2, epochs=6, max_length=16, batch_tokens=128, learning_rate=1e-3,
         progress=False, log=lambda numbers, step: losses.append(numbers),
     )  # fmt: skip
-    return *model, losses
+    return predictor, losses
 
 
 def test_two_heads_on_one_encoder_learn(learnt):
-    classifier, tokenizer, losses = learnt
-    assert len(classifier.encoder.encoder.layer) == classifier.config.num_hidden_layers == 2
+    predictor, losses = learnt
+    assert len(predictor.model.encoder.encoder.layer) == predictor.model.config.num_hidden_layers == 2
     for task in ("sentiment", "topic"):
         values = [numbers[f"loss, {task}"] for numbers in losses if f"loss, {task}" in numbers]
         assert np.mean(values[-3:]) < 0.5 * np.mean(values[:3])
-    said = multitask.predict(classifier, tokenizer, [GOOD, BAD, "corn and wheat"])
+    said = multitask.predict(predictor, [GOOD, BAD, "corn and wheat"])
     assert said["sentiment"][0] > 0.5 and said["sentiment"][1] < -0.5
     assert said["topic"][2].argmax() == 0
     np.testing.assert_allclose(said["topic"].sum(axis=1), 1)
-    assert multitask.class_names(classifier, "topic") == ["grain", "interest"]
+    assert multitask.class_names(predictor, "topic") == ["grain", "interest"]
 
 
 def test_other_domains_help_through_heads_of_their_own():
@@ -147,10 +147,10 @@ def test_other_domains_help_through_heads_of_their_own():
 
 
 def test_a_checkpoint_says_the_same(learnt, tmp_path):
-    classifier, tokenizer, _ = learnt
-    models.save_checkpoint(classifier, tokenizer, tmp_path / "model", "card")
-    again = multitask.predict(*models.load_checkpoint(tmp_path / "model"), [GOOD, PLAIN])
-    for task, value in multitask.predict(classifier, tokenizer, [GOOD, PLAIN]).items():
+    predictor, _ = learnt
+    predictor.save(tmp_path / "model", "card")
+    again = multitask.predict(models.Predictor.load(tmp_path / "model"), [GOOD, PLAIN])
+    for task, value in multitask.predict(predictor, [GOOD, PLAIN]).items():
         np.testing.assert_allclose(again[task], value, atol=1e-5)
 
 

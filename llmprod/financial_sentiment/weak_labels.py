@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from llmprod import artifacts
+from llmprod.extras import extra
 from llmprod.financial_sentiment.sentiment import CLASSES
 
 
 def vader(texts: Sequence[str]) -> np.ndarray:
     """VADER's compound score, -1 to 1 (Hutto & Gilbert 2014; library `vaderSentiment`)."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    with extra("news"):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()
     return np.array([analyser.polarity_scores(text)["compound"] for text in texts])
@@ -96,7 +98,8 @@ def dawid_skene(votes: pd.DataFrame) -> np.ndarray:
     Dawid & Skene 1979 (library `crowdkit`): each function has a confusion matrix, estimated by
     expectation-maximisation from where functions agree and disagree. A text without any vote gets the mean soft label.
     """
-    from crowdkit.aggregation import DawidSkene
+    with extra("news"):
+        from crowdkit.aggregation import DawidSkene
 
     long = votes.stack().rename("label").rename_axis(["task", "worker"]).reset_index()
     found = DawidSkene(n_iter=100).fit_predict_proba(long[long["label"] != NO_VOTE])
