@@ -24,6 +24,7 @@ from llmprod.financial_sentiment import sentiment
 from llmprod.harness import results
 from llmprod.news_monitoring import channels, feeds, monitor, sources
 from llmprod.news_monitoring.journal import Journal
+from llmprod.news_monitoring.scorer import MonitorConfig, Scorer
 
 HEADS = [
     "sentiment",
@@ -32,13 +33,12 @@ HEADS = [
 
 
 def saved(folder: Path, layers: int, max_length: int) -> Path:
-    """An encoder of so many layers with two heads, as `monitor.Scorer` reads it."""
-    classifier, tokenizer = models.load_classifier("minilm", HEADS, dropout=0.0)
-    del classifier.encoder.encoder.layer[layers:]
-    classifier.config.num_hidden_layers = layers
-    tokenizer.model_max_length = max_length
-    negative = sentiment.PlattScaling(-3.0, 0.0, 0.5)
-    monitor.save_models(folder, None, (classifier, tokenizer), negative, (-0.1, 0.1), {"threshold": 114.0}, {}, "speed")
+    """An encoder of so many layers with two heads, as `Scorer` reads it."""
+    predictor = models.Predictor.pretrained("minilm", HEADS, dropout=0.0, max_length=max_length)
+    del predictor.model.encoder.encoder.layer[layers:]
+    predictor.model.config.num_hidden_layers = layers
+    config = MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), threshold=114.0)
+    config.save(folder, predictor, None, "speed")
     return folder
 
 
@@ -54,10 +54,12 @@ class OneFeed(BaseHTTPRequestHandler):
         pass
 
 
-def through(scorer: monitor.Scorer, source: sources.Source, folder: Path, documents: int) -> float:
+def through(scorer: Scorer, source: sources.Source, folder: Path, documents: int) -> float:
     """Documents a second from the source to the alerts' file."""
     with Journal(folder / "journal.sqlite") as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.detector, [channels.Log(folder / "alerts.jsonl")], 0.0)
+        watching = monitor.Monitor(
+            scorer, journal, scorer.config.detector, [channels.Log(folder / "alerts.jsonl")], 0.0
+        )
         started = time.perf_counter()
         while watching.counts["documents"] + watching.counts["repeats"] < documents:
             watching.step([source])
@@ -88,10 +90,10 @@ def main() -> None:
         for layers, precision in itertools.product(options.layers, options.precision):
             with tempfile.TemporaryDirectory() as folder:
                 folder = Path(folder)
-                scorer = monitor.Scorer(saved(folder / "models", layers, max_length), precision)
-                models.predict(*scorer.feelings, texts[:64], **scorer.how)
+                scorer = Scorer(saved(folder / "models", layers, max_length), precision)
+                scorer.ratings.predict(texts[:64])
                 started = time.perf_counter()
-                models.predict(*scorer.feelings, texts, **scorer.how)
+                scorer.ratings.predict(texts)
                 alone = len(texts) / (time.perf_counter() - started)
                 (folder / "in.jsonl").write_text(lines, encoding="utf-8")
                 server = HTTPServer(("127.0.0.1", 0), OneFeed)

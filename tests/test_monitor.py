@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -23,9 +22,11 @@ from llmprod import models
 from llmprod.__main__ import main
 from llmprod.evaluate import drift
 from llmprod.financial_sentiment import multitask, sentiment
+from llmprod.financial_sentiment.entities import Entity
 from llmprod.news_monitoring import channels, monitor, sources
-from llmprod.news_monitoring.documents import Document
+from llmprod.news_monitoring.documents import Document, NewsError
 from llmprod.news_monitoring.journal import Journal
+from llmprod.news_monitoring.scorer import MonitorConfig, Scorer
 from tests.conftest import ROOT, llmprod
 
 BAD = ("loss", "fraud", "collapse", "strike", "default", "layoffs", "fine", "recall")
@@ -60,8 +61,8 @@ def news(count: int, surge_from: int = 10**9, seed: int = 0) -> list[dict]:
 
 def watch(folder, channels=(), lateness=0.0):
     """A monitor with a small detector, on a journal in a folder."""
-    detector = partial(monitor.new_detector, negative=0.5, threshold=10_000.0, share=0.1)
-    return monitor.Monitor(by_words, Journal(folder / "journal.sqlite"), detector, channels, lateness)
+    config = MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), threshold=10_000.0, share=0.1)
+    return monitor.Monitor(by_words, Journal(folder / "journal.sqlite"), config.detector, channels, lateness)
 
 
 def write(path, rows):
@@ -111,6 +112,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 
+from llmprod.news_monitoring import channels, monitor, sources
 from tests.test_monitor import watch
 
 folder, kills = Path(sys.argv[1]), 0
@@ -243,7 +245,7 @@ def test_a_log_ends_a_line_that_a_kill_cut_off(tmp_path):
 
 @pytest.mark.parametrize("word", ["ftp://example.org", "alerts.txt", "nonsense"])
 def test_an_unknown_channel_is_named(word):
-    with pytest.raises(monitor.MonitorError, match="--alert"):
+    with pytest.raises(NewsError, match="--alert"):
         channels.open_channel(word)
 
 
@@ -256,14 +258,23 @@ def trained(tmp_path_factory):
     feeling = multitask.Task("sentiment", train["text"].tolist(), train["rating"].to_numpy())
     themes = [f"{theme} {i}" for i in range(20) for theme in ("quarterly profit and loss", "tanker and cargo ship")]
     topic = multitask.Task("topic", themes, np.tile([0, 1], 20), ["earn", "ship"])
-    learnt = multitask.learn([feeling, topic], layers=3, epochs=2, max_length=32, learning_rate=5e-4, progress=False)
-    rating = multitask.predict(*learnt, validation["text"].tolist())["sentiment"]
+    learnt = multitask.train_multitask(
+        [feeling, topic], layers=3, epochs=2, max_length=32, learning_rate=5e-4, progress=False
+    )
+    rating = multitask.predict(learnt, validation["text"].tolist())["sentiment"]
     folder = tmp_path_factory.mktemp("models")
     reference = {"length": [10, 20, 30], "rating": rating[:3].tolist(), "topic": ["earn", "ship", "earn"]}
     negative = sentiment.PlattScaling.fit(rating, validation["sentiment"] == 0)
-    detector = {"threshold": 40.0, "every": 70}
-    monitor.save_models(folder, None, learnt, negative, (-0.1, 0.1), detector, reference, "a test")
+    config = MonitorConfig(negative, (-0.1, 0.1), threshold=40.0, every=70, reference=reference)
+    config.save(folder, learnt, None, "a test")
     return folder
+
+
+class Names:
+    """Finds two companies without a model."""
+
+    def find(self, texts):
+        return [[Entity("company", m.group().lower(), *m.span()) for m in re.finditer("Acme|Beta", t)] for t in texts]
 
 
 def test_the_scorer_reads_what_was_saved(trained):
@@ -273,42 +284,44 @@ def test_the_scorer_reads_what_was_saved(trained):
         Document("3", "s", 0.0, "The tanker and the cargo ship."),
         Document("4", "s", 0.0, "Acme Corp won a wonderful award. Beta Inc suffered a terrible loss and scandal."),
     ]
-    bad, good, ship, mixed = monitor.Scorer(trained)(documents)
+    scorer = Scorer(trained)
+    scorer.finder = Names()
+    bad, good, ship, mixed = scorer(documents)
     assert bad["negative"] > good["negative"] + 0.2
     assert bad["rating"] < 0 < good["rating"]
     assert bad["about"]["company: acme"] > good["about"]["company: acme"] + 0.2
     assert ship["topic"] == "ship" and ship["about"] == {}
     assert mixed["about"]["company: beta"] > mixed["about"]["company: acme"] + 0.1
-    small = monitor.Scorer(trained, "int8")(documents)
+    small = Scorer(trained, "int8")(documents)
     assert [score["topic"] for score in small] == [score["topic"] for score in (bad, good, ship, mixed)]
     assert small[0]["negative"] > small[1]["negative"] + 0.2
-    assert monitor.Scorer(trained)([]) == []
-    with pytest.raises(monitor.MonitorError, match="14_news_monitoring"):
-        monitor.Scorer(trained / "nowhere")
+    assert Scorer(trained)([]) == []
+    with pytest.raises(NewsError, match="14_news_monitoring"):
+        Scorer(trained / "nowhere")
 
 
 def test_the_threshold_goes_with_the_false_alarms_asked_for(trained, tmp_path):
     """Also for a topic that the journal knows from an earlier run."""
     for every, rows, threshold in ((0, 5, 40), (700, 10, 400)):
-        scorer = monitor.Scorer(trained, every=every)
+        scorer = Scorer(trained, every=every)
         write(tmp_path / "in.jsonl", news(rows))
         with Journal(tmp_path / "journal.sqlite") as journal:
-            watching = monitor.Monitor(scorer, journal, scorer.detector, [], 0.0)
+            watching = monitor.Monitor(scorer, journal, scorer.config.detector, [], 0.0)
             monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
             states = [journal.state(f"topic: {topic}", None) for topic in monitor.seen(journal)["topic"]]
             assert len(states) == rows and {state["threshold"] for state in states} == {threshold}
             with journal.transaction():
                 for topic, state in zip(monitor.seen(journal)["topic"], states, strict=True):  # an older version's
                     journal.set_state(f"topic: {topic}", state | {"settings": state["settings"] | {"ceiling": 4.0}})
-    with pytest.raises(monitor.MonitorError, match="every"):
-        monitor.Scorer(trained, every=-1)
+    with pytest.raises(NewsError, match="every"):
+        Scorer(trained, every=-1)
     unmeasured = shutil.copytree(trained, tmp_path / "models")
     settings = json.loads((trained / "monitor.json").read_text())
-    settings["detector"].pop("every")
+    settings.pop("every")
     (unmeasured / "monitor.json").write_text(json.dumps(settings))
-    assert monitor.Scorer(unmeasured).detector("topic: ship").threshold == 40
-    with pytest.raises(monitor.MonitorError, match="every"):
-        monitor.Scorer(unmeasured, every=700)
+    assert Scorer(unmeasured).config.detector("topic: ship").threshold == 40
+    with pytest.raises(NewsError, match="every"):
+        Scorer(unmeasured, every=700)
 
 
 def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
@@ -379,11 +392,11 @@ def test_drift_and_judged_texts_come_from_the_journal(tmp_path):
     assert not same["drifted"].any()
     first = watching.journal.alerts().iloc[0]
     assert monitor.judged(watching.journal).empty
-    watching.journal.judge(first["id"], right=False)
+    watching.journal.acknowledge(first["id"], right=False)
     judged = monitor.judged(watching.journal)
     assert set(judged["label"]) == {""} and set(judged["text"]) <= set(seen["text"])
 
 
 def test_saved_models_load_without_a_pickle(trained):
     assert not [path for path in trained.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
-    assert models.load_checkpoint(trained / "sentiment")[0].config.num_labels == 3
+    assert len(models.Predictor.load(trained / "sentiment").labels) == 3

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprod import LLMProdError
-from llmprod.evaluate import drift
 from llmprod.news_monitoring import simulate, surge
+from llmprod.news_monitoring.documents import NewsError
 
 KNOWN = 1e9  # a prior so strong that the baseline stays what it was said to be
 
@@ -37,27 +36,29 @@ def streams(baseline: float, weeks: int, seed: int, per_week: int = 100, distanc
 def test_cusum_by_hand():
     """Baseline 0.2 and three times that: a sure negative adds log 3, and a sure other takes log 2."""
     sure = surge.Settings(share=0.2, strength=KNOWN)
-    ceiling = surge.rarity(2.5, 0.2, sure)
+    cap = surge.arl(2.5, 0.2, sure)
     labels = np.array([[0.0, 1, 0, 1, 1, 1, 0]])
-    # log(27 / 2) would be 2.60, above the ceiling
+    # log(27 / 2) would be 2.60, above the cap
     expected = [0, math.log(3), math.log(3 / 2), math.log(9 / 2), 2.5, 2.5, 2.5 - math.log(2)]
-    np.testing.assert_allclose(surge.cusum(labels, sure, ceiling=ceiling).score[0], expected, atol=1e-6)
+    np.testing.assert_allclose(surge.cusum(labels, sure, cap=cap).score[0], expected, atol=1e-6)
 
 
-def test_rarity_by_hand_and_back():
+def test_arl_by_hand_and_back():
     """Half of the documents negative, nine in ten in a surge of 1.8 times: log(5 / 3) nats for sure labels."""
     sure = surge.Settings(share=0.5, ratio=1.8, gain=1)
-    assert surge.information(0.5, sure) == pytest.approx(math.log(5 / 3))
-    assert surge.rarity(2.0, 0.5, sure) == pytest.approx((math.exp(2) - 3) / math.log(5 / 3))
-    assert surge.height(np.inf, 0.5, sure) == np.inf
-    assert surge.height(1e-9, 0.5, sure) == 1.0 == sure.freeze
-    assert surge.height(1e-9, 0.5, replace(sure, freeze=0.0)) == math.log(1.8), "more than one document can add"
+    assert surge.kl_drift(0.5, sure) == pytest.approx(math.log(5 / 3))
+    assert surge.arl(2.0, 0.5, sure) == pytest.approx((math.exp(2) - 3) / math.log(5 / 3))
+    assert surge.threshold_for_arl(np.inf, 0.5, sure) == np.inf
+    assert surge.threshold_for_arl(1e-9, 0.5, sure) == 1.0 == sure.freeze
+    assert surge.threshold_for_arl(1e-9, 0.5, replace(sure, freeze=0.0)) == math.log(1.8), (
+        "more than one document can add"
+    )
 
 
-@given(st.floats(1.2, 30), st.floats(0.001, 0.9), st.booleans())
-def test_height_is_the_inverse_of_rarity(score, share, hard):
-    assumed = surge.Settings(share=0.2, hard=hard, sensitivity=0.9, specificity=0.8)
-    assert surge.height(surge.rarity(score, share, assumed), share, assumed) == pytest.approx(score, rel=1e-6)
+@given(st.floats(1.2, 30), st.floats(0.001, 0.9))
+def test_threshold_for_arl_is_the_inverse_of_arl(score, share):
+    assumed = surge.Settings(share=0.2)
+    assert surge.threshold_for_arl(surge.arl(score, share, assumed), share, assumed) == pytest.approx(score, rel=1e-6)
 
 
 def test_one_threshold_keeps_to_the_same_false_alarms_whatever_the_share():
@@ -80,14 +81,14 @@ def test_one_threshold_keeps_to_the_same_false_alarms_whatever_the_share():
     [
         (0.8, {}, 2.8 / 1.6),  # likelihood ratio 4: (0.6 · 4 + 0.4) / (0.2 · 4 + 0.8)
         (0.5, {"prior": 0.2}, 2.8 / 1.6),  # the same evidence from a model that was trained at another share
-        (0.8, {"hard": True, "sensitivity": 0.9, "specificity": 0.8}, 0.62 / 0.34),
-        (0.2, {"hard": True, "sensitivity": 0.9, "specificity": 0.8}, 0.38 / 0.66),
+        (0.9 / 1.1, {}, 0.62 / 0.34),  # a label with sensitivity 0.9 and specificity 0.8, as a calibrated probability
+        (0.1 / 0.9, {}, 0.38 / 0.66),
         (1.0, {"share": 0.5}, 0.95 / 0.5),  # the raised share is 0.95 at most
     ],
 )
 def test_what_a_document_adds_by_hand(probability, more, ratio):
     assumed = surge.Settings(**{"share": 0.2, "strength": KNOWN} | more)
-    _, added = surge.step(surge.start(assumed), np.array([probability]), np.array([0]), assumed)
+    _, added = surge.step(surge.start(assumed), np.array([probability]), assumed)
     assert added[0] == pytest.approx(math.log(ratio))
 
 
@@ -103,7 +104,7 @@ def test_documents_speak_against_a_surge_without_one_and_for_it_in_one():
             drawn = np.where(truth, random.choice(pool[negative], 40000), random.choice(pool[~negative], 40000))
             many = surge.start(assumed, 40000)
             for name, values in (("soft", drawn), ("sure", truth.astype(float))):
-                found[name, raised] = surge.step(many, values, np.zeros(40000, dtype=int), assumed)[1].mean()
+                found[name, raised] = surge.step(many, values, assumed)[1].mean()
         assert found["sure", share] < found["soft", share] < -0.02
         assert found["sure", 3 * share] > found["soft", 3 * share] > 0.02
 
@@ -120,28 +121,24 @@ assumptions = st.builds(
     half_life=st.floats(5, 500),
     freeze=st.floats(0, 3),
     patience=st.integers(1, 20),
-    blocks=st.sampled_from([1, 6, 24]),
-    hard=st.booleans(),
-    sensitivity=st.floats(0.6, 1),
-    specificity=st.floats(0.6, 1),
 )
 
 
 @settings(max_examples=50, deadline=None)
-@given(stream_of_documents(), assumptions, st.floats(0.3, 400), st.integers(0, 5))
-def test_live_equals_vectorised_exactly(documents, assumed, threshold, cooldown):
-    """Beside other streams, so that the number of streams makes no difference either."""
-    times, probabilities = np.array(documents).T
-    beside = np.stack([probabilities, 1 - probabilities, np.roll(probabilities, 1)])
-    path = surge.cusum(beside, assumed, np.stack([times] * 3), threshold)
-    live = surge.Cusum(assumed, threshold, cooldown=cooldown)
+@given(stream_of_documents(), assumptions, st.floats(0.3, 400))
+def test_live_equals_vectorised_exactly(documents, assumed, threshold):
+    """Together with other streams, so that the number of streams makes no difference either."""
+    _, probabilities = np.array(documents).T
+    several = np.stack([probabilities, 1 - probabilities, np.roll(probabilities, 1)])
+    path = surge.cusum(several, assumed, threshold)
+    live = surge.Cusum(assumed, threshold)
     alerts, scores = [], []
     for time, probability in documents:
         alerts.append(live.update(time, probability) is not None)
         scores.append(live.state["score"][0])
     assert scores == path.score[0].tolist()
-    share_of_limit = path.score[:1] / surge.height(threshold, path.baseline[:1], assumed)
-    quiet = simulate.outcomes(share_of_limit, share_of_limit, np.array([0]), 1, np.array([1.0]), cooldown=cooldown)
+    share_of_limit = path.score[:1] / surge.threshold_for_arl(threshold, path.baseline[:1], assumed)
+    quiet = simulate.outcomes(share_of_limit, share_of_limit, np.array([0]), 1, np.array([1.0]))
     assert quiet.false[0, 0] == sum(alerts)
 
 
@@ -158,14 +155,14 @@ def test_the_state_survives_json_at_any_point(documents, assumed, point):
 
 def test_the_alert_says_since_when_and_because_of_what():
     assumed = surge.Settings(share=0.2, strength=KNOWN)
-    live = surge.Cusum(assumed, threshold=float(surge.rarity(3.0, 0.2, assumed)), keep=2)
+    live = surge.Cusum(assumed, threshold=float(surge.arl(3.0, 0.2, assumed)), keep=2)
     for number, probability in enumerate([0.99, 0.01, 0.01, 0.02]):
         assert live.update(100 + number, probability, f"quiet {number}") is None
     assert live.since is None and live.causes == []
     shown = [live.update(200 + n, p, f"surge {n}") for n, p in enumerate([0.9, 0.3, 0.999, 0.6, 0.99, 0.95])]
     alert = next(filter(None, shown))
     assert shown.count(None) == 5 and live.on
-    assert live.state["score"] == pytest.approx([3.0]), "the threshold is the ceiling"
+    assert live.state["score"] == pytest.approx([3.0]), "the threshold is the cap"
     assert alert.since == 200, "the first document after the statistic was last 0"
     assert alert.time == 199 + alert.documents
     assert [document for document, _ in alert.causes] == ["surge 2", "surge 4"]
@@ -180,8 +177,8 @@ def test_the_alert_says_since_when_and_because_of_what():
 
 @settings(max_examples=50, deadline=None)
 @given(stream_of_documents(), st.lists(st.floats(0.3, 400), min_size=1, max_size=3))
-def test_one_statistic_gives_the_alarms_under_every_ceiling(documents, thresholds):
-    """Documents that raise an alarm in a CUSUM with a ceiling at the threshold, by two ways."""
+def test_one_statistic_gives_the_alarms_under_every_cap(documents, thresholds):
+    """Documents that raise an alarm in a CUSUM with a cap at the threshold, by two ways."""
     assumed = surge.Settings(share=0.2, strength=KNOWN)
     scores = np.array([[p for _, p in documents]])
     free = surge.cusum(scores, assumed)
@@ -201,25 +198,22 @@ def test_severity_is_about_the_planted_ratio():
         drawn = np.where(truth, random.choice(pool[negative], truth.shape), random.choice(pool[~negative], truth.shape))
         state = surge.start(assumed, 300) | {"score": np.full(300, 50.0)}
         for column in drawn.T.copy():
-            state, _ = surge.step(state, column, np.zeros(300, dtype=int), assumed)
+            state, _ = surge.step(state, column, assumed)
         shares.append(state["recent"].mean())
     np.testing.assert_allclose(shares, [0.4, 0.6, 0.8], atol=0.035)
 
 
-def test_an_alarm_stays_on_until_the_lower_level_and_cools_down():
-    statistic = np.array([[0.0, 3, 2, 3, 1.4, 3, 1, 3, 3, 3]])
+def test_an_alarm_stays_on_until_the_lower_level():
+    statistic = [0.0, 3, 2, 3, 1.4, 3, 1, 3, 3, 3]
 
-    def raised(**how):
-        on, wait, at = False, 0, []
-        for position, value in enumerate(statistic[0]):
-            on, wait, now = surge.switch(on, wait, value, 3.0, **how)
-            at += [position] if now else []
-        return at
+    def raised(release):
+        on = [False]
+        for value in statistic:
+            on.append(bool(surge.hysteresis(on[-1], value, 3.0, release)))
+        return [i for i in range(len(statistic)) if on[i + 1] and not on[i]]
 
-    assert raised(release=1.0, cooldown=0) == [1, 3, 5, 7]
-    assert raised(release=0.5, cooldown=0) == [1, 5, 7], "2 is not under half of 3, but 1.4 is"
-    assert raised(release=0.5, cooldown=5) == [1, 7], "5 is in the cool-down of 5 documents, and 7 is after it"
-    assert raised(release=0.5, cooldown=7) == [1, 9], "raised late if it is still a surge"
+    assert raised(release=1.0) == [1, 3, 5, 7]
+    assert raised(release=0.5) == [1, 5, 7], "2 is not below half of 3, but 1.4 is"
 
 
 def test_a_surge_is_not_learned_and_a_new_level_is():
@@ -244,42 +238,33 @@ def test_half_of_the_past_is_forgotten_after_the_half_life():
     assumed = surge.Settings(share=0.2, gain=1, half_life=50, freeze=math.inf)
     state, counted = surge.start(assumed), []
     for label in [1.0] * 1000 + [0.0] * 50:
-        state, _ = surge.step(state, np.array([label]), np.array([0]), assumed)
-        counted.append((state["negatives"][0, 0], state["counts"][0, 0]))
+        state, _ = surge.step(state, np.array([label]), assumed)
+        counted.append((state["negatives"][0], state["counts"][0]))
     most = 1 / (1 - 0.5 ** (1 / 50))
     np.testing.assert_allclose(counted[999], [most, most], rtol=1e-5)
     np.testing.assert_allclose(counted[-1], [most / 2, most], rtol=1e-5)
 
 
-def test_the_baseline_finds_the_share_of_each_part_of_the_day():
+def test_the_baseline_finds_the_share():
     """From a wrong prior, and from probabilities of a model that was trained at another share."""
-    assumed = surge.Settings(share=0.1, half_life=5000, blocks=2)
-    (pool, negative), random = held_out(), np.random.default_rng(0)
-    quiet = simulate.simulate(pool, negative, 60, 3000, 0.3, 1, 5, random, volume=(2, 1), daily=(1.0, 2.0))
-    state = surge.start(assumed, 60)
-    blocks = surge.part_of_day(quiet.times, 2)
-    for column, block in zip(quiet.scores.T.copy(), blocks.T, strict=True):
-        state, _ = surge.step(state, column, block, assumed)
-    shares = state["negatives"].mean(axis=1) / state["counts"].mean(axis=1)
-    # 0.3 on average, of which two thirds at one share and one third at twice that
-    np.testing.assert_allclose(shares, [0.3, 0.225, 0.45], atol=0.02)
+    assumed = surge.Settings(share=0.1, half_life=5000)
+    quiet = simulate.simulate(*held_out(), 60, 3000, 0.3, 1, 5, np.random.default_rng(0))
+    assert surge.cusum(quiet.scores, assumed).baseline[:, -1].mean() == pytest.approx(0.3, abs=0.02)
 
 
 def test_what_cannot_be_used_is_named():
-    with pytest.raises(surge.SurgeError, match="ratio"):
+    with pytest.raises(NewsError, match="ratio"):
         surge.Settings(share=0.2, ratio=1.0)
-    with pytest.raises(surge.SurgeError, match="times"):
-        surge.cusum(np.ones((1, 3)), surge.Settings(share=0.2, blocks=6))
     live = surge.Cusum(surge.Settings(share=0.2), threshold=4.0)
     for wrong in (math.nan, -0.1, 1.1):
-        with pytest.raises(surge.SurgeError, match="probability"):
+        with pytest.raises(NewsError, match="probability"):
             live.update(0, wrong)
     assert live.seen == 0
 
 
 def test_what_it_is_compared_with_equals_its_definition():
     values = np.random.default_rng(0).random((3, 50))
-    mean, z, smooth = simulate.share(values, 5), simulate.z_score(values, 5, 20), simulate.ewma(values, 0.2, 0.5)
+    mean, z, smooth = simulate.rolling_mean(values, 5), simulate.z_score(values, 5, 20), simulate.ewma(values, 0.2, 0.5)
     assert np.isneginf(mean[:, :4]).all() and np.isfinite(mean[:, 4:]).all()
     assert np.isneginf(z[:, :24]).all() and np.isfinite(z[:, 24:]).all()
     level = 0.5
@@ -309,19 +294,9 @@ def test_simulated_shares_are_as_asked():
     assert made.times.max() / simulate.DAY == pytest.approx(7 * 1.5, abs=0.01), "150 documents are a week and a half"
 
 
-def test_simulated_days_are_as_asked():
-    made = simulate.simulate(
-        *held_out(), 500, 400, 0.2, 1, 5, np.random.default_rng(0), volume=(1, 3), daily=(2.0, 1.0)
-    )
-    late = surge.part_of_day(made.times, 2) == 1
-    assert late.mean() == pytest.approx(0.75, abs=0.01)
-    assert made.negative.mean() == pytest.approx(0.2, abs=0.01), "the baseline is that of the whole day"
-    assert made.negative[~late].mean() / made.negative[late].mean() == pytest.approx(2, abs=0.1)
-
-
 @pytest.mark.parametrize(("length", "negative"), [(100, [True, False]), (0, [True, False]), (10, [True, True])])
 def test_what_cannot_be_simulated_is_refused(length, negative):
-    with pytest.raises(surge.SurgeError):
+    with pytest.raises(NewsError):
         simulate.simulate(np.array([0.9, 0.1]), np.array(negative), 3, 100, 0.2, 3, length, np.random.default_rng(0))
 
 
@@ -380,7 +355,7 @@ def test_the_threshold_is_the_lowest_from_which_on_the_rate_is_kept():
     curve = pd.DataFrame({"threshold": [1.0, 2, 3, 4], "false alarms a week": [0.5, 2, 0.9, 0.1]})
     assert simulate.delay_at(curve)["threshold"] == 3
     assert simulate.delay_at(curve, 5)["threshold"] == 1
-    with pytest.raises(surge.SurgeError, match="higher"):
+    with pytest.raises(NewsError, match="higher"):
         simulate.delay_at(curve, 0.01)
 
 
@@ -396,15 +371,15 @@ def test_comparison_finds_a_planted_difference_and_none_without_one():
     difference, low, high = simulate.compare(slow, other, 100, resamples=200)
     assert difference == 0 and low < 0 < high
     strict = slow._replace(false=false[:, ::-1])  # its second threshold has the alarms
-    with pytest.raises(surge.SurgeError, match="higher"):
+    with pytest.raises(NewsError, match="higher"):
         simulate.compare(strict, slow, 100, resamples=1)
 
 
-def tuned(assumed: surge.Settings, distance: float, seed: int = 1) -> pd.Series:
+def tuned(assumed: surge.Settings, distance: float, seed: int = 1, change=lambda scores: scores) -> pd.Series:
     """One false alarm a week of 100 documents, at a baseline of 0.2."""
     quiet, planted = streams(0.2, 400, seed, distance=distance, history=100)
-    values = surge.cusum(quiet.scores, assumed), surge.cusum(planted.scores, assumed)
-    thresholds = simulate.levels(values[0], skip=100, number=41)
+    values = surge.cusum(change(quiet.scores), assumed), surge.cusum(change(planted.scores), assumed)
+    thresholds = simulate.candidate_thresholds(values[0], skip=100, number=41)
     played = simulate.outcomes(*values, planted.starts, 40, thresholds, skip=100)
     return simulate.delay_at(simulate.operating_curve(played, 100, resamples=20))
 
@@ -414,8 +389,8 @@ def test_better_scores_are_not_slower_and_probabilities_not_slower_than_their_la
     delays = [tuned(assumed, distance)["median delay"] for distance in (0.8, 1.6, 3.2)]
     assert delays[0] > delays[1] > delays[2]
     right = 0.788  # of both classes, at a distance of 1.6
-    labels = surge.Settings(share=0.2, hard=True, sensitivity=right, specificity=right)
-    assert tuned(labels, 1.6)["median delay"] > delays[1]
+    labels = tuned(assumed, 1.6, change=lambda scores: np.where(scores >= 0.5, right, 1 - right))
+    assert labels["median delay"] > delays[1]
 
 
 def test_live_detectors_keep_the_promised_false_alarms_and_find_surges():
@@ -436,48 +411,3 @@ def test_live_detectors_keep_the_promised_false_alarms_and_find_surges():
         at = [i for i, p in enumerate(row) if live.update(i, p)]
         found += any(start <= i < start + 40 for i in at)
     assert found >= 30
-
-
-# Drift
-
-
-def table(size: int, random: np.random.Generator, longer: float = 0, topics=(0.5, 0.3, 0.2)) -> pd.DataFrame:
-    columns = {f"number {i}": random.normal(size=size) for i in range(4)}
-    columns |= {f"class {i}": random.choice(["a", "b", "c"], size, p=(0.5, 0.3, 0.2)) for i in range(2)}
-    return pd.DataFrame(columns | {"length": random.normal(longer, 1, size), "topic": random.choice(3, size, p=topics)})
-
-
-def test_drift_finds_what_was_planted_and_says_how_large_it_is():
-    random = np.random.default_rng(0)
-    reference, current = table(1500, random), table(1500, random, longer=0.5, topics=(0.3, 0.3, 0.4))
-    reference["topic"], current["topic"] = (frame["topic"].map("topic {}".format) for frame in (reference, current))
-    found = drift.drift(reference, current)
-    assert found.index[found["drifted"]].tolist() == ["length", "topic"]
-    assert found.loc["length", "effect"] == pytest.approx(0.197, abs=0.04), "2 Φ(0.25) - 1"
-    # shares p and q: χ²/n is half the sum of (p - q)² / (p + q), over the mean of both
-    assert found.loc["topic", "effect"] == pytest.approx(math.sqrt((0.04 / 0.8 + 0.04 / 0.6) / 2), abs=0.04)
-    assert (found["adjusted p"] >= found["p"]).all()
-
-
-def test_a_small_difference_of_many_documents_is_significant_but_no_drift():
-    random = np.random.default_rng(0)
-    found = drift.drift(table(40000, random), table(40000, random, longer=0.05)).loc["length"]
-    assert found["adjusted p"] < 0.001 and not found["drifted"]
-
-
-def test_false_discoveries_are_rare_without_drift():
-    """In 5 % of comparisons or fewer there is any, though in a third of them some p of eight is under 0.05."""
-    random = np.random.default_rng(0)
-    tables = [drift.drift(table(300, random), table(300, random), least=0) for _ in range(60)]
-    assert np.mean([found["drifted"].any() for found in tables]) < 0.09
-    assert np.mean([(found["p"] < 0.05).any() for found in tables]) > 0.2
-
-
-def test_rare_values_are_one_and_empty_tables_are_refused():
-    reference = pd.DataFrame({"word": ["a"] * 500 + [f"rare {i}" for i in range(60)]})
-    current = pd.DataFrame({"word": ["a"] * 500 + [f"other {i}" for i in range(60)]})
-    assert drift.drift(reference, current).loc["word", "p"] == 1
-    with pytest.raises(LLMProdError, match="word"):
-        drift.drift(reference, pd.DataFrame({"word": [None]}))
-    with pytest.raises(LLMProdError, match="share no column"):
-        drift.drift(reference, pd.DataFrame({"other": [1.0]}))

@@ -1,4 +1,4 @@
-"""Where alerts go: console, file, webhook, W&B."""
+"""Alert channels: console, file, webhook, W&B."""
 
 import hashlib
 import hmac
@@ -11,9 +11,7 @@ from pathlib import Path
 import requests
 from tqdm.auto import tqdm
 
-from llmprod.news_monitoring.monitor import MonitorError
-
-# Alerts: what was written to the journal's outbox is delivered to each channel
+from llmprod.news_monitoring.documents import NewsError
 
 
 class Console:
@@ -33,7 +31,7 @@ class Console:
 
 
 class Log:
-    """Alerts as lines of JSON in a file; one that stands there already, from before a kill, is not written again."""
+    """Alerts as lines of JSON in a file; one that is there already, from before a kill, is not written again."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, f"log {path}"
@@ -60,7 +58,7 @@ class Webhook:
         self.url, self.tries, self.wait, self.name = url, tries, wait, f"webhook {url.partition('?')[0]}"
 
     def send(self, alert: dict) -> None:
-        """Posts an alert, a few times where the receiver fails. Raises MonitorError where it never took it."""
+        """Posts an alert, a few times where the receiver fails. Raises NewsError where it never accepted it."""
         body = json.dumps(alert, ensure_ascii=False).encode()
         headers = {"Content-Type": "application/json", "Idempotency-Key": alert["id"]}
         if secret := os.environ.get("LLMPROD_WEBHOOK_SECRET"):
@@ -74,7 +72,7 @@ class Webhook:
             except requests.RequestException as error:
                 problem = type(error).__name__
             time.sleep(self.wait * 2**attempt)
-        raise MonitorError(f"{self.name} did not take the alert {alert['id']} ({problem}); it is tried again later.")
+        raise NewsError(f"{self.name} did not accept the alert {alert['id']} ({problem}); it is tried again later.")
 
 
 class Wandb:
@@ -101,5 +99,5 @@ def open_channel(word: str) -> Console | Log | Webhook | Wandb:
     if word.startswith(("http://", "https://")):
         return Webhook(word)
     if "://" in word or not word.endswith(".jsonl"):
-        raise MonitorError(f"--alert {word}: use console, wandb, an http(s) address, or a file that ends in .jsonl.")
+        raise NewsError(f"--alert {word}: use console, wandb, an http(s) address, or a file that ends in .jsonl.")
     return Log(Path(word))

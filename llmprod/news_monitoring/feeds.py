@@ -14,17 +14,18 @@ from urllib.parse import urljoin
 
 import requests
 
+from llmprod.extras import extra
 from llmprod.news_monitoring.documents import (
     DAY,
     HOUR,
     Clock,
     Document,
+    NewsError,
     Source,
-    StreamError,
     decoded,
     document,
     fingerprint,
-    plain,
+    strip_html,
 )
 
 # Feeds
@@ -76,7 +77,7 @@ class Feed(Source):
                 return [], {"seen": seen, "tags": tags, "not_before": now + self.interval}
             if status != 200:
                 retry = _retry_after(headers.get("Retry-After", ""), now)
-                raise StreamError(f"answered {status}")
+                raise NewsError(f"answered {status}")
         except Exception as reason:  # feedparser, requests and urllib3 raise anything on hostile input
             failures = cursor.get("failures", 0) + 1
             wait = max(min(self.base * 2 ** min(failures, 30), HOUR), retry)
@@ -105,46 +106,47 @@ class Feed(Source):
                     if not answer.is_redirect:
                         return answer.status_code, answer.headers, [], ""
                     url = urljoin(url, answer.headers["Location"])
-        raise StreamError("more than 5 redirects")
+        raise NewsError("more than 5 redirects")
 
     def _body(self, answer: requests.Response, ends: float) -> bytes:
-        """The bytes of an answer, uncompressed; StreamError where they are too many or too few."""
+        """The bytes of an answer, uncompressed; NewsError where they are too many or too few."""
         coding, body = answer.headers.get("Content-Encoding", "identity").strip().lower(), bytearray()
         if coding not in ("identity", "gzip", "x-gzip"):
-            raise StreamError(f"sent the encoding {coding}, which was not asked for")
+            raise NewsError(f"sent the encoding {coding}, which was not asked for")
         unzip = None if coding == "identity" else zlib.decompressobj(wbits=31)
         while part := answer.raw.read1(1 << 16, decode_content=False):
             body += unzip.decompress(part, self.limit + 1 - len(body)) if unzip else part
             if len(body) > self.limit:
-                raise StreamError(f"more than {self.limit:,} bytes")
+                raise NewsError(f"more than {self.limit:,} bytes")
             if time.monotonic() > ends:
                 raise TimeoutError
         if unzip and not unzip.eof:
-            raise StreamError("the answer broke off")
+            raise NewsError("the answer broke off")
         return bytes(body)
 
     def _entries(self, text: str, now: float) -> tuple[list[Document], str]:
-        """The documents in a feed, and what is wrong with it; StreamError where it is none."""
-        import feedparser
+        """The documents in a feed, and what is wrong with it; NewsError where it is none."""
+        with extra("news"):
+            import feedparser
 
         lower = text.lower()
         if (start := lower.find("<!doctype")) >= 0 and lower.find("<!entity", start) >= 0:
-            raise StreamError("refused, since its document type declares entities")
+            raise NewsError("refused, since its document type declares entities")
         # Its own declaration goes: the text is UTF-8 now, and feedparser would use any codec that it names.
         xml = '<?xml version="1.0" encoding="utf-8"?>\n' + re.sub(r"^\s*<\?xml[^>]*\?>", "", text)
         parsed = feedparser.parse(io.BytesIO(xml.encode()), sanitize_html=False, resolve_relative_uris=False)
         documents = []
         for entry in parsed.entries:
-            title, link = plain(entry.get("title") or ""), entry.get("link") or ""
+            title, link = strip_html(entry.get("title") or ""), entry.get("link") or ""
             bodies = [entry.get("summary"), *(content.get("value") for content in entry.get("content", []))]
-            body, name = plain(max(filter(None, bodies), key=len, default="")), entry.get("id") or link
+            body, name = strip_html(max(filter(None, bodies), key=len, default="")), entry.get("id") or link
             date = entry.get("published_parsed") or entry.get("updated_parsed")
             record = {"text": f"{title}\n{body}", "title": title, "link": link, "time": timegm(date) if date else now}
-            with suppress(StreamError):  # neither title nor text
+            with suppress(NewsError):  # neither title nor text
                 # Ids as short as "17" are common, so that an id counts within its feed.
                 documents.append(document(record | {"id": name and fingerprint(self.name, name)}, self.name, now))
         if not documents and (parsed.bozo or not parsed.version):
-            raise StreamError("neither RSS nor Atom" if not parsed.version else "malformed, without an entry")
+            raise NewsError("neither RSS nor Atom" if not parsed.version else "malformed, without an entry")
         reason = _explained(parsed.bozo_exception) if parsed.bozo else ""
         return documents, reason and f"{self.name}: malformed, {len(documents)} entries could be read ({reason})"
 

@@ -1,9 +1,9 @@
 """SQLite event store: exactly-once processing, order of time, an outbox of alerts."""
 
 import json
+import math
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -16,10 +16,9 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from llmprod import data
-from llmprod.news_monitoring.documents import DAY, Clock, Document, StreamError
+from llmprod.news_monitoring.documents import DAY, Clock, Document, NewsError
 
-APPLICATION, VERSION = 0x6C6C6D70, 1  # marks of our files; a change of the tables is another version
-
+APPLICATION, VERSION = 0x6C6C6D70, 2  # mark our files; tables or detector states that differ are another version
 
 SCHEMA = f"""
 BEGIN;
@@ -32,20 +31,15 @@ CREATE INDEX documents_fed ON documents (fed, time) WHERE fed <> 1;
 CREATE TABLE alerts (id TEXT PRIMARY KEY, time REAL NOT NULL, alert TEXT NOT NULL,
     acknowledged INTEGER NOT NULL DEFAULT 0, "right" INTEGER);
 CREATE TABLE deliveries (alert TEXT, channel TEXT, PRIMARY KEY (alert, channel)) WITHOUT ROWID;
-CREATE TABLE signatures (number INTEGER PRIMARY KEY, document TEXT UNIQUE NOT NULL, time REAL NOT NULL,
-    signature BLOB NOT NULL);
-CREATE INDEX signatures_time ON signatures (time);
-CREATE TABLE bands (hash INTEGER, number INTEGER, PRIMARY KEY (hash, number)) WITHOUT ROWID;
+CREATE TABLE signatures (document TEXT PRIMARY KEY, time REAL NOT NULL, signature BLOB NOT NULL);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
 
+DAMAGED = "is damaged or not a journal. Restore it from a copy, or start one under another name; it was left as it was."
 
-DAMAGED = "is damaged or no journal. Restore it from a copy, or start one under another name; it was left as it is."
-
-
-MENDABLE = {  # SQLite's primary result codes
+FIXABLE = {  # SQLite's primary result codes
     5: "is held by another process. End that one, or wait.",
     8: "can't be written. Make it writable, or choose a journal in another folder.",
     10: "can't be read or written: the disk reports an error.",
@@ -57,14 +51,14 @@ MENDABLE = {  # SQLite's primary result codes
 
 
 @contextmanager
-def _mendable(path: Path) -> Iterator[None]:
-    """Turns the errors of SQLite that a user can mend into StreamError."""
+def _fixable(path: Path) -> Iterator[None]:
+    """Turns the errors of SQLite that a user can fix into NewsError."""
     try:
         yield
     except sqlite3.Error as error:
-        if (words := MENDABLE.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF)) is None:
+        if (words := FIXABLE.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF)) is None:
             raise
-        raise StreamError(f"{path} {words}") from error
+        raise NewsError(f"{path} {words}") from error
 
 
 def _dump(value: object) -> str:
@@ -83,7 +77,7 @@ class Journal:
         shared: open it beside the monitor that holds it, to read alerts or to judge them
         clock: seconds since 1970
 
-    Raises StreamError, with a way out, for a file that is damaged, foreign or of another version, for a folder that
+    Raises NewsError, with a way out, for a file that is damaged, foreign or of another version, for a folder that
     can't be written, and where another process holds the journal.
     """
 
@@ -96,16 +90,14 @@ class Journal:
             if not shared:
                 self._lock.acquire(timeout=0)
         except Timeout:
-            raise StreamError(
-                f"{self.path} is held by another monitor. End that one, or name another journal."
-            ) from None
+            raise NewsError(f"{self.path} is held by another monitor. End that one, or name another journal.") from None
         except OSError as error:
-            raise StreamError(
+            raise NewsError(
                 f"{self.path}: its folder can't be written ({error.strerror or error}). Make it writable, or choose a "
                 "journal in another folder."
             ) from error
         try:
-            with _mendable(self.path):
+            with _fixable(self.path):
                 self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
                 self._prepare()
         except BaseException:
@@ -121,14 +113,14 @@ class Journal:
         if not (application or version or tables):
             self.db.executescript(SCHEMA)
         elif application != APPLICATION:
-            raise StreamError(f"{self.path} is a database of something else. Name another file; it was left as it is.")
+            raise NewsError(f"{self.path} is a database of something else. Name another file; it was left as it is.")
         elif version != VERSION:
-            raise StreamError(
+            raise NewsError(
                 f"{self.path} is a journal of version {version}, and this llmprod writes {VERSION}. "
                 "Use the llmprod that wrote it, or start a journal under another name."
             )
         elif self.db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise StreamError(f"{self.path} {DAMAGED}")
+            raise NewsError(f"{self.path} {DAMAGED}")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
 
@@ -147,7 +139,7 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All that is written inside is committed at the end, or, after an error or a kill, nothing of it."""
-        with _mendable(self.path):
+        with _fixable(self.path):
             self.db.execute("BEGIN IMMEDIATE")
             with self.db:
                 yield
@@ -229,16 +221,12 @@ class Journal:
     def acknowledge(self, alert_id: str, right: bool | None = None) -> None:
         """Notes that a person has seen an alert, and the person's word on it, if there is one.
 
-        Raises StreamError for an unknown alert.
+        Raises NewsError for an unknown alert.
         """
         query = 'UPDATE alerts SET acknowledged = 1, "right" = coalesce(?, "right") WHERE id = ?'
-        with _mendable(self.path):
+        with _fixable(self.path):
             if not self.db.execute(query, (right, alert_id)).rowcount:
-                raise StreamError(f"No alert '{alert_id}' in {self.path}; journal.alerts() lists those that are there.")
-
-    def judge(self, alert_id: str, right: bool) -> None:
-        """Notes whether an alert was right, which acknowledges it; StreamError for an unknown one."""
-        self.acknowledge(alert_id, bool(right))
+                raise NewsError(f"No alert '{alert_id}' in {self.path}; journal.alerts() lists those that are there.")
 
     def alerts(self) -> pd.DataFrame:
         """All alerts, oldest first: id, time, acknowledged, right (None, True, False), and their own fields."""
@@ -260,86 +248,53 @@ def plausible(document: Document, now: float) -> Document:
 
 # Duplicates
 
-IN = "IN (SELECT value FROM json_each(?))"  # a list of any length as one parameter
-
-
-PERMUTATIONS, ROWS = 64, 4  # 16 bands of 4: at a similarity of 0.8, one pair in 5000 is missed; at 0.5, a third
+PERMUTATIONS = 64
 
 
 def new_documents(
     journal: Journal, documents: Sequence[Document], threshold: float = 0.8, horizon: float = 3 * DAY
 ) -> list[Document]:
-    """The documents that neither the journal nor an earlier one of the batch repeats; within a transaction.
+    """The documents that repeat neither the journal nor an earlier one of the batch; within a transaction.
 
-    A repeat has the id of a document that was taken at any time, or nearly the text of one of the last `horizon`
-    seconds of event time: MinHash (Broder 1997) of 64 permutations over the runs of three words estimates a Jaccard
-    similarity of at least `threshold`, with a standard error of 0.05 there. The same text has the similarity 1.
-    Dates more than a day ahead are set to now.
+    A repeat has the id of any document in the journal, or nearly the text of one of the last `horizon` seconds of
+    event time: MinHash (Broder 1997) of 64 permutations over the runs of three words estimates a Jaccard similarity of
+    at least `threshold`, with a standard error of 0.05 there. The same text has the similarity 1. Dates more than a
+    day ahead are set to now.
     """
     from datasketch import MinHash
 
     db, now = journal._inside(), journal.clock()
-    taken = db.execute(
-        f"SELECT id FROM documents WHERE id {IN} UNION SELECT document FROM signatures WHERE document {IN}",
-        [json.dumps([document.id for document in documents])] * 2,
-    )
-    taken = {name for (name,) in taken}
+    ids = json.dumps([document.id for document in documents])
+    listed = "IN (SELECT value FROM json_each(?))"  # a list of any length as one parameter
+    query = f"SELECT id FROM documents WHERE id {listed} UNION SELECT document FROM signatures WHERE document {listed}"
+    seen = {name for (name,) in db.execute(query, (ids, ids))}
     batch = []
     for d in documents:
-        if d.id not in taken:
-            taken.add(d.id)
+        if d.id not in seen:
+            seen.add(d.id)
             batch.append(plausible(d, now))
     if not batch:
         return []
     shingles = ([run.encode() for run in data.word_shingles(data.normalise(d.text), 3)] for d in batch)
-    # The scheme is named, since signatures of another one would never be alike.
+    # The scheme is named, since signatures of different schemes are never alike.
     hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=1, scheme="affine32")
-    signatures = np.stack([minhash.hashvalues for minhash in hashes])
-    bands = _bands(signatures)
-    _forget(db, max(_latest(db, "signatures"), *(document.time for document in batch)) - horizon)
-
-    buckets = defaultdict(list)  # hash of a band -> numbers of the documents that have it
-    for value, number in db.execute(
-        f"SELECT hash, number FROM bands WHERE hash {IN}", (json.dumps(bands.ravel().tolist()),)
-    ):
-        buckets[value].append(number)
-    candidates = json.dumps(list({number for numbers in buckets.values() for number in numbers}))
-    query = f"SELECT number, signature FROM signatures WHERE number {IN}"
-    known = {number: np.frombuffer(blob, np.uint32) for number, blob in db.execute(query, (candidates,))}
-    number = db.execute("SELECT coalesce(max(number), 0) FROM signatures").fetchone()[0]
-    kept = {}
-    for d, signature, values in zip(batch, signatures, bands.tolist(), strict=True):
-        near = {candidate for value in values for candidate in buckets.get(value, ())}
-        if near and (np.stack([known[n] for n in near]) == signature).mean(axis=1).max() >= threshold:
+    latest = max(_latest(db, "signatures"), *(document.time for document in batch))
+    db.execute("DELETE FROM signatures WHERE time < ?", (latest - horizon,))
+    blobs = b"".join(blob for (blob,) in db.execute("SELECT signature FROM signatures"))
+    old = np.frombuffer(blobs, np.uint32).reshape(-1, PERMUTATIONS).T
+    known = np.empty((PERMUTATIONS, old.shape[1] + len(batch)), np.uint32)  # a row for each permutation: fast to scan
+    known[:, : old.shape[1]], size = old, old.shape[1]
+    few = PERMUTATIONS - math.ceil(threshold * PERMUTATIONS) + 1  # alike enough: no more than few - 1 may differ
+    new = []
+    for d, minhash in zip(batch, hashes, strict=True):
+        signature = minhash.hashvalues
+        near = np.flatnonzero((known[:few, :size] == signature[:few, None]).any(axis=0))
+        if ((known[:, near] == signature[:, None]).mean(axis=0) >= threshold).any():
             continue
-        number += 1
-        known[number], kept[number] = signature, (d, values)
-        for value in values:
-            buckets[value].append(number)
-    rows = [(number, d.id, d.time, known[number].tobytes()) for number, (d, _) in kept.items()]
-    db.executemany("INSERT INTO signatures VALUES (?, ?, ?, ?)", rows)
-    db.executemany("INSERT INTO bands VALUES (?, ?)", {(v, n) for n, (_, values) in kept.items() for v in values})
-    return [d for d, _ in kept.values()]
-
-
-def _bands(signatures: np.ndarray) -> np.ndarray:
-    """A hash of 64 bits for each band of each signature (signatures, bands), as SQLite's signed numbers."""
-    bands = signatures.astype(np.uint64).reshape(len(signatures), -1, ROWS)
-    hashes = np.broadcast_to(np.arange(1, bands.shape[1] + 1, dtype=np.uint64), bands.shape[:2])
-    for row in range(ROWS):
-        hashes = (hashes ^ bands[:, :, row]) * np.uint64(0x9E3779B97F4A7C15)
-        hashes = hashes ^ (hashes >> np.uint64(29))
-    return hashes.view(np.int64)
-
-
-def _forget(db: sqlite3.Connection, before: float) -> None:
-    """Deletes the signatures of documents from before an event time."""
-    old = db.execute("SELECT number, signature FROM signatures WHERE time < ?", (before,)).fetchall()
-    if old:
-        bands = _bands(np.stack([np.frombuffer(blob, np.uint32) for _, blob in old])).tolist()
-        pairs = [(value, number) for (number, _), values in zip(old, bands, strict=True) for value in values]
-        db.executemany("DELETE FROM bands WHERE hash = ? AND number = ?", pairs)
-        db.execute("DELETE FROM signatures WHERE time < ?", (before,))
+        known[:, size], size = signature, size + 1
+        new.append((d, signature.tobytes()))
+    db.executemany("INSERT INTO signatures VALUES (?, ?, ?)", [(d.id, d.time, signature) for d, signature in new])
+    return [d for d, _ in new]
 
 
 def _latest(db: sqlite3.Connection, table: str) -> float:

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from scipy.signal import lfilter
 
-from llmprod.news_monitoring.documents import DAY
-from llmprod.news_monitoring.surge import Evidence, SurgeError, height, part_of_day, rarity, switch
+from llmprod.news_monitoring.documents import DAY, NewsError
+from llmprod.news_monitoring.surge import Evidence, arl, hysteresis, threshold_for_arl
 
-# What it is compared with: functions of the whole stream; `values` are probabilities or labels (streams, documents)
+# Baseline detectors: functions of the whole stream; `values` are probabilities or labels (streams, documents)
 
 
-def share(values: np.ndarray, window: int) -> np.ndarray:
+def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the last `window` documents, for an alarm at a fixed threshold; -inf before there are as many."""
     total = np.pad(np.cumsum(values, axis=1, dtype=float), ((0, 0), (1, 0)))
     means = (total[:, window:] - total[:, :-window]) / window
@@ -23,16 +23,16 @@ def share(values: np.ndarray, window: int) -> np.ndarray:
 
 def z_score(values: np.ndarray, window: int, past: int) -> np.ndarray:
     """How many standard errors the last `window` documents are above the `past` before them; -inf until there are."""
-    mean, square = share(values, past), share(values**2, past)
+    mean, square = rolling_mean(values, past), rolling_mean(values**2, past)
     with np.errstate(invalid="ignore"):
         # without the floor a past without any negative document divides by 0
         error = np.sqrt(np.maximum(square - mean**2, 0.01) / window)
-        z = (share(values, window)[:, window:] - mean[:, :-window]) / error[:, :-window]
+        z = (rolling_mean(values, window)[:, window:] - mean[:, :-window]) / error[:, :-window]
     return np.pad(np.where(np.isfinite(z), z, -np.inf), ((0, 0), (window, 0)), constant_values=-np.inf)
 
 
 def ewma(values: np.ndarray, weight: float, centre: float) -> np.ndarray:
-    """The exponentially weighted mean, less its centre, from which it starts (Roberts 1959)."""
+    """The exponentially weighted moving average, less its centre, from which it starts (Roberts 1959)."""
     return lfilter([weight], [1, weight - 1], values - centre, axis=1)
 
 
@@ -62,8 +62,6 @@ def simulate(
     length: int,
     rng: np.random.Generator,
     history: int = 0,
-    volume: Sequence[float] = (1.0,),
-    daily: Sequence[float] = (1.0,),
 ) -> Streams:
     """Weeks of a topic, made of held-out documents, each with one surge of known start, size and length.
 
@@ -75,23 +73,18 @@ def simulate(
         baseline, ratio: share of negative documents, of all streams or of each (weeks,), and what it is multiplied by
             in the surge; 1 for quiet streams. A share is 0.95 at most
         length: documents of the surge, which lies in the week wholly, after at least one quiet document
-        volume, daily: by equal parts of the day, how many documents there are and how high the share is, relatively
 
-    Raises SurgeError if a surge doesn't fit into a week, or there are no documents of a class.
+    Raises NewsError if a surge doesn't fit into a week, or there are no documents of a class.
     """
     pools = [np.flatnonzero(~np.asarray(negative, dtype=bool)), np.flatnonzero(negative)]
     if not 0 < length < per_week or not all(map(len, pools)):
-        raise SurgeError("A surge must be shorter than a week, and documents of both classes are needed.")
-    shape, (volume, daily) = (weeks, history + per_week), np.broadcast_arrays(volume, daily)
+        raise NewsError("A surge must be shorter than a week, and documents of both classes are needed.")
+    shape = (weeks, history + per_week)
     starts = history + rng.integers(1, per_week - length + 1, size=weeks)
-    # by a uniform clock first, which is then bent so that a day's documents fall into its parts by volume
-    clock = np.sort(rng.random(shape), axis=1) * 7 * shape[1] / per_week
-    edges = np.concatenate([[0], np.cumsum(volume) / np.sum(volume)])
-    times = DAY * (clock // 1 + np.interp(clock % 1, edges, np.linspace(0, 1, len(edges))))
-    factor = (daily / np.average(daily, weights=volume))[part_of_day(times, len(daily))]
+    times = np.sort(rng.random(shape), axis=1) * 7 * DAY * shape[1] / per_week
     position = np.arange(shape[1]) - starts[:, None]
     raised = np.where((position >= 0) & (position < length), ratio, 1.0)
-    truth = rng.random(shape) < np.minimum(np.reshape(baseline, (-1, 1)) * factor * raised, 0.95)
+    truth = rng.random(shape) < np.minimum(np.reshape(baseline, (-1, 1)) * raised, 0.95)
     documents = np.where(truth, rng.choice(pools[1], shape), rng.choice(pools[0], shape))
     return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
 
@@ -114,27 +107,26 @@ class Outcomes(NamedTuple):
     thresholds: np.ndarray
 
     def rates(self, weights: np.ndarray) -> np.ndarray:
-        """False alarms for each document (..., thresholds), with each stream counted `weights` times (..., streams)."""
+        """False alarms per document (..., thresholds), with each stream counted `weights` times (..., streams)."""
         return weights @ self.false / (weights @ self.exposure)[..., None]
 
 
 def outcomes(
-    statistic_quiet: np.ndarray | Evidence,
-    statistic_surge: np.ndarray | Evidence,
+    quiet: np.ndarray | Evidence,
+    surging: np.ndarray | Evidence,
     starts: np.ndarray,
     length: int,
     thresholds: np.ndarray,
     skip: int = 0,
     release: float = 0.5,
-    cooldown: int = 0,
 ) -> Outcomes:
-    """Plays `switch` through at every threshold, as the live detector does.
+    """Plays the alarm through at every threshold, as the live detector does.
 
     An alarm before the surge is false; it must end before there can be one that counts as a detection.
 
     Args:
-        statistic_quiet, statistic_surge: a detector's (streams, documents), or a CUSUM's path without a ceiling, for
-            which a threshold is a `rarity` and the ceiling of the score, as it is live
+        quiet, surging: a detector's statistic (streams, documents), or a CUSUM's path without a cap, for which a
+            threshold is an ARL and the cap of the score, as it is live
         starts, length: of the surges; only an alarm that is raised in the surge detects it
         skip: documents at the beginning in which detectors warm up, and false alarms are not counted
     """
@@ -143,35 +135,34 @@ def outcomes(
         path = statistic if isinstance(statistic, Evidence) else None
         values, limits = (path.score if path else statistic), thresholds
         shape, begin = (len(values), len(thresholds)), starts[:, None]
-        on, wait = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=int)
-        false, delays = np.zeros(shape), np.full(shape, np.inf)
+        on, false, delays = np.zeros(shape, dtype=bool), np.zeros(shape), np.full(shape, np.inf)
         level, before = np.zeros(shape), np.zeros((shape[0], 1))
         for position, column in enumerate(values.T[:, :, None]):
             if path:
-                limits = height(thresholds, path.baseline[:, position, None], path.settings)
-            # a CUSUM with a ceiling moves as one without, for it is the lower of the two and so at 0 whenever that is
+                limits = threshold_for_arl(thresholds, path.baseline[:, position, None], path.settings)
+            # A CUSUM with a cap makes the same steps as one without: it is the lower one, so at 0 whenever that is.
             level = np.clip(level + column - before, 0, limits) if path else column
-            on, wait, raised = switch(on, wait, level, limits, release, cooldown)
-            before = column
+            was, on = on, hysteresis(on, level, limits, release)
+            raised, before = on & ~was, column
             false += raised & (skip <= position) & (position < begin)
             inside = raised & (begin <= position) & (position < begin + length)
             delays = np.where(inside & np.isinf(delays), position - begin + 1, delays)
         return false, delays
 
     thresholds = np.sort(np.asarray(thresholds, dtype=float))
-    quiet = statistic_quiet.score if isinstance(statistic_quiet, Evidence) else statistic_quiet
-    ends = np.full(len(quiet), quiet.shape[1])
-    false, (early, delays) = play(statistic_quiet, ends)[0], play(statistic_surge, starts)
+    score = quiet.score if isinstance(quiet, Evidence) else quiet
+    ends = np.full(len(score), score.shape[1])
+    false, (early, delays) = play(quiet, ends)[0], play(surging, starts)
     exposure = np.maximum(np.concatenate([ends, starts]) - skip, 0)
     return Outcomes(np.concatenate([false, early]), exposure, delays, thresholds)
 
 
-def levels(statistic_quiet: np.ndarray | Evidence, skip: int = 0, number: int = 101) -> np.ndarray:
-    """Thresholds worth trying: quantiles of the highest value in each quiet stream, so that there are few alarms.
+def candidate_thresholds(quiet: np.ndarray | Evidence, skip: int = 0, number: int = 101) -> np.ndarray:
+    """Quantiles of the highest value in each quiet stream, so that there are few false alarms.
 
-    The last one is infinite and so never raises any: however few false alarms are asked for, one keeps to them.
+    The last threshold is infinite and never raises an alarm: it keeps to any rate of false alarms.
     """
-    values = rarity(*statistic_quiet) if isinstance(statistic_quiet, Evidence) else statistic_quiet
+    values = arl(*quiet) if isinstance(quiet, Evidence) else quiet
     highest = values[:, skip:].max(axis=1)
     return np.append(np.unique(np.quantile(highest[highest > 0], np.linspace(0, 1, number))), np.inf)
 
@@ -205,21 +196,47 @@ def operating_curve(played: Outcomes, documents_per_week: float, resamples: int 
 
 
 def _lowest(rates: np.ndarray, most: float) -> int:
-    """The number of the lowest threshold from which on rates are at most `most`; SurgeError if there is none.
+    """The number of the lowest threshold from which on rates are at most `most`; NewsError if there is none.
 
-    Not simply the first: under it an alarm may never end, so that there are few of them as well.
+    Not simply the first: below it an alarm may never end, so that there are few false alarms as well.
     """
     if rates[-1] > most:
-        raise SurgeError(f"No threshold keeps to {most} false alarms a week; try higher ones.")
+        raise NewsError(f"No threshold keeps to {most} false alarms a week; try higher ones.")
     return int(np.append(np.flatnonzero(rates > most), -1).max()) + 1
 
 
 def delay_at(curve: pd.DataFrame, false_alarms: float = 1.0) -> pd.Series:
-    """The row of an operating curve whose threshold is the lowest to keep to so many false alarms a week.
+    """The row of an operating curve with the lowest threshold that keeps to so many false alarms a week.
 
-    Raises SurgeError if none does.
+    Raises NewsError if none does.
     """
     return curve.iloc[_lowest(curve["false alarms a week"].to_numpy(), false_alarms)]
+
+
+def judge(
+    variants: Sequence[Callable[[Streams], np.ndarray | Evidence]],
+    quiet: Streams,
+    surging: Streams,
+    length: int,
+    per_week: int,
+    skip: int,
+    release: float = 0.5,
+) -> tuple[pd.DataFrame, Outcomes]:
+    """Operating curve and outcomes of the variant that is fastest at one false alarm a week, the first one in a tie.
+
+    Args:
+        variants: one detector with several windows, each as a function from streams to its statistic
+        length, skip, release: see `outcomes`
+    """
+    best = None
+    for variant in variants:
+        statistics = variant(quiet), variant(surging)
+        thresholds = candidate_thresholds(statistics[0], skip, number=51)
+        played = outcomes(*statistics, surging.starts, length, thresholds, skip, release)
+        curve = operating_curve(played, per_week)
+        if best is None or delay_at(curve)["median delay"] < delay_at(best[0])["median delay"]:
+            best = curve, played
+    return best
 
 
 def compare(
@@ -233,7 +250,7 @@ def compare(
     """The difference of median delays (one - other) at equal false alarms a week, and its 95 % bootstrap interval.
 
     Both detectors saw the same streams, which are resampled in pairs; each resample chooses the thresholds anew. It is
-    NaN where neither detects half of the surges. Raises SurgeError if no threshold keeps to the false alarms.
+    NaN where neither detects half of the surges. Raises NewsError if no threshold keeps to the false alarms.
     """
     quiet, surges = len(one.false) - len(one.delays), len(one.delays)
 

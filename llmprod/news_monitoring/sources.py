@@ -20,8 +20,8 @@ from llmprod.news_monitoring.documents import (
     LIMIT,
     Clock,
     Document,
+    NewsError,
     Source,
-    StreamError,
     document,
     fingerprint,
     from_line,
@@ -33,7 +33,7 @@ from llmprod.news_monitoring.feeds import Feed
 def open_source(text: str) -> Source:
     """The source that a word of the command line names: a feed's address, `-`, a file or a folder.
 
-    Raises StreamError, naming the word, for anything else.
+    Raises NewsError, naming the word, for anything else.
     """
     if re.match(r"https?://[^/]", text, re.IGNORECASE):
         return Feed(text)
@@ -42,8 +42,8 @@ def open_source(text: str) -> Source:
     path = Path(text).expanduser()
     if path.is_file() or path.is_dir():
         return Tail(path)
-    raise StreamError(
-        f"'{text}' is no source: give the address of a feed (https://...), an existing file of JSON lines, "
+    raise NewsError(
+        f"'{text}' is not a source: give the address of a feed (https://...), an existing file of JSON lines, "
         f"an existing folder, or - for JSON lines on standard input. Relative paths start at {Path.cwd()}."
     )
 
@@ -118,8 +118,8 @@ class Tail(Source):
         for text in islice(whole_lines(file), self.batch):
             line, offset = line + 1, file.tell()
             try:
-                documents += [] if text.isspace() else [from_line(text, file.name, self.clock())]
-            except StreamError as error:
+                documents += from_line(text, file.name, self.clock())
+            except NewsError as error:
                 troubles.append(f"{file.name}, line {line}: {error}")
         return {"offset": offset, "line": line, "mark": _mark(file, offset)}
 
@@ -132,10 +132,10 @@ class Tail(Source):
             text = file.read(min(status.st_size, LIMIT + 1))
             try:
                 if len(text) > LIMIT:
-                    raise StreamError(f"longer than {LIMIT:,} bytes")
+                    raise NewsError(f"longer than {LIMIT:,} bytes")
                 record = {"text": text.decode("utf-8-sig"), "time": status.st_mtime}
                 documents.append(document(record, file.name, self.clock()))
-            except (StreamError, UnicodeDecodeError) as error:
+            except (NewsError, UnicodeDecodeError) as error:
                 troubles.append(f"{file.name}: {'broken UTF-8' if isinstance(error, UnicodeDecodeError) else error}")
         return after
 
@@ -182,8 +182,8 @@ class Lines(Source):
                 line = self._queue.get_nowait()
                 after["line"] += 1
                 try:
-                    documents += [] if line.isspace() else [from_line(line, "standard input", self.clock())]
-                except StreamError as error:
+                    documents += from_line(line, "standard input", self.clock())
+                except NewsError as error:
                     after |= {"bad": after["bad"] + 1, "error": f"standard input, line {after['line']}: {error}"}
         return documents, after
 
@@ -197,24 +197,20 @@ class Replay(Source):
         batch: documents in one poll
         clock: seconds, from which the speed is taken
 
-    Rows without text are left out. Raises StreamError for a missing column or a time that can't be read.
+    Rows without text are left out. Raises NewsError for a missing column or a time that can't be read.
     """
 
     def __init__(self, frame: pd.DataFrame, speed: float = 0, batch: int = 256, clock: Clock = time.monotonic) -> None:
         if missing := [column for column in ("text", "time") if column not in frame]:
-            raise StreamError(
-                f"Replay: no column {', '.join(missing)}; there are {', '.join(map(str, frame.columns))}."
-            )
+            raise NewsError(f"Replay: no column {', '.join(missing)}; there are {', '.join(map(str, frame.columns))}.")
         self.speed, self.batch, self.clock, self._start = speed, batch, clock, None
         columns = [column for column in frame if column in ("id", "text", "time", "title", "link", "source")]
         self.documents = []
         for row in frame[columns].astype(object).to_dict("records"):
             row = {name: value for name, value in row.items() if not pd.isna(value)}
             if not np.isfinite(seconds(row.get("time"), np.nan)):
-                raise StreamError(
-                    f"Replay: the time '{row.get('time')}' is neither seconds nor a date like 2026-01-31."
-                )
-            with suppress(StreamError):
+                raise NewsError(f"Replay: the time '{row.get('time')}' is neither seconds nor a date like 2026-01-31.")
+            with suppress(NewsError):
                 self.documents.append(document(row, "replay", 0.0))
         self.documents.sort(key=lambda document: document.time)
         # Other documents are another replay, in which an old position means nothing.

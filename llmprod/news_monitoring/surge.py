@@ -1,23 +1,15 @@
-"""Sequential detection of surges of negative documents: a CUSUM of likelihood ratios."""
+"""Sequential detection of surges of negative documents: a CUSUM of log likelihood ratios."""
 
 import heapq
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from llmprod import LLMProdError
-from llmprod.news_monitoring.documents import DAY
+from llmprod.news_monitoring.documents import NewsError
 
 State = dict[str, np.ndarray]
-
-
-class SurgeError(LLMProdError):
-    """Probabilities or settings can't be used as they are."""
-
-
-# The detector
 
 
 @dataclass(frozen=True)
@@ -28,13 +20,10 @@ class Settings:
     ratio: the surge to be detected, as a multiple of the baseline share; the raised share is 0.95 at most
     prior: the share of negative documents at which the classifier was trained and calibrated
     half_life: documents after which half of the past is forgotten
-    gain: step of the baseline's estimate, 1 for sure labels; best is 1 / the share of a label's information that a
+    gain: step of the baseline's estimate, 1 for true classes; best is 1 / the share of a class's information that a
         probability holds, which is about a third for a classifier of AUC 0.87: with 1 it learns too slowly
-    freeze: from this height of the statistic on (nats) the baseline learns nothing, so that it can't learn a surge
+    freeze: at this score (nats) and above the baseline learns nothing, so that it can't learn a surge
     patience: unless the surge has lasted for so many documents: then it is the new baseline
-    blocks: parts of the day with a baseline of their own, which counts as `block_strength` documents at the whole
-        day's share; 1 for none
-    hard: use labels (probability of at least 0.5) with these `sensitivity` and `specificity` in place of probabilities
     """
 
     share: float
@@ -45,80 +34,52 @@ class Settings:
     gain: float = 3.0
     freeze: float = 1.0
     patience: int = 200
-    blocks: int = 1
-    block_strength: float = 100.0
-    hard: bool = False
-    sensitivity: float = 1.0
-    specificity: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ratio <= 1 or not 0 < self.prior < 1:
-            raise SurgeError(f"ratio is {self.ratio} and prior {self.prior}: above 1, and between 0 and 1, are needed.")
+            raise NewsError(f"ratio is {self.ratio} and prior {self.prior}: above 1, and between 0 and 1, are needed.")
 
 
-def start(settings: Settings, streams: int = 1) -> State:
-    """The state before the first document. `negatives` and `counts` hold the whole day, then its blocks."""
-    rows = 1 + settings.blocks if settings.blocks > 1 else 1
-    return {
-        "score": np.zeros(streams),
-        "run": np.zeros(streams, dtype=int),
-        "evidence": np.zeros(streams),
-        "recent": np.zeros(streams),
-        "baseline": np.zeros(streams) + settings.share,
-        "negatives": np.zeros((rows, streams)),
-        "counts": np.zeros((rows, streams)),
-    }
+def kl_drift(share: np.ndarray, settings: Settings) -> np.ndarray:
+    """The mean decrease of the score per quiet document, in nats (before it is cut off at 0).
 
-
-def likelihoods(probabilities: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """The likelihood of each document if it is negative and if it is not, up to a factor that both share.
-
-    For a calibrated probability p and a training prior π their ratio is p / (1 - p) · (1 - π) / π (Saerens et al.
-    2002); for a label it follows from the error rates.
-    """
-    if not settings.hard:
-        return probabilities * (1 - settings.prior), (1 - probabilities) * settings.prior
-    label, hit, right = probabilities >= 0.5, settings.sensitivity, settings.specificity
-    return np.where(label, hit, 1 - hit), np.where(label, 1 - right, right)
-
-
-def information(share: np.ndarray, settings: Settings) -> np.ndarray:
-    """What a quiet document says against a surge on average, in nats.
-
-    The Kullback-Leibler divergence of true classes (where `hard`, of labels) at the baseline share from those in a
-    surge, divided by `gain`, since a probability holds but a part of it (see `Settings`).
+    The Kullback-Leibler divergence of true classes at the baseline share from those in a surge, divided by `gain`,
+    since a probability holds only part of a class's information (see `Settings`).
     """
     quiet, raised = np.asarray(share, dtype=float), np.minimum(settings.ratio * np.asarray(share), 0.95)
-    if settings.hard:
-        hit, miss = settings.sensitivity, 1 - settings.specificity
-        quiet, raised = (np.clip(q * hit + (1 - q) * miss, 1e-9, 1 - 1e-9) for q in (quiet, raised))
     divergence = quiet * np.log(quiet / raised) + (1 - quiet) * np.log((1 - quiet) / (1 - raised))
     return divergence / settings.gain
 
 
-def rarity(score: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
-    """How many quiet documents pass before the score reaches this height (nats) by chance, about.
+def arl(score: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
+    """Approximate in-control average run length (ARL₀): quiet documents until the score first reaches this level.
 
-    (exp(score) - score - 1) / I, exact for Brownian motion with the drift -I of the score (Siegmund 1985, 2.6); a
-    document moves the score by leaps, so that more documents pass than that. Heights of topics with different shares
-    can be compared by it: at a low share a document says little, and the same height is much rarer.
+    (exp(score) - score - 1) / I, exact for Brownian motion with drift -I (Siegmund 1985, 2.6). Documents move the
+    score in jumps, so the true run length is longer. It makes topics with different shares comparable: at a low share
+    a document says little, and the same score is much rarer.
     """
-    return (np.expm1(score) - score) / information(share, settings)
+    return (np.expm1(score) - score) / kl_drift(share, settings)
 
 
-def height(documents: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
-    """The inverse of `rarity`, in nats; no lower than `freeze`, and than what a single document can add."""
-    x = np.asarray(documents * information(share, settings), dtype=float)
+def threshold_for_arl(documents: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
+    """The inverse of `arl`, in nats; not below `freeze`, nor below what a single document can add."""
+    x = np.asarray(documents * kl_drift(share, settings), dtype=float)
     with np.errstate(invalid="ignore"):
         score = np.log1p(x + np.sqrt(2 * x))
-        for _ in range(3):  # Newton
+        for _ in range(3):  # Newton's method on exp(score) - score - 1 = x
             score = score - (np.expm1(score) - score - x) / np.maximum(np.expm1(score), 1e-12)
     score = np.where(np.isfinite(x), score, np.inf)
     return np.maximum(score, max(settings.freeze, math.log(settings.ratio)))
 
 
+def start(settings: Settings, streams: int = 1) -> State:
+    """The state of so many streams before the first document, an array (streams,) for each name."""
+    state = {name: np.zeros(streams) for name in ("score", "evidence", "recent", "negatives", "counts")}
+    return state | {"run": np.zeros(streams, dtype=int), "baseline": np.zeros(streams) + settings.share}
+
+
 def step(
-    state: State, probabilities: np.ndarray, block: np.ndarray, settings: Settings, ceiling: float = math.inf
+    state: State, probabilities: np.ndarray, settings: Settings, cap: float = math.inf
 ) -> tuple[State, np.ndarray]:
     """One document in each stream: the next state, and what the document added (its log likelihood ratio, nats).
 
@@ -131,37 +92,31 @@ def step(
     Args:
         state: from `start` or from here
         probabilities: of being negative (streams,)
-        block: which part of the day it is (streams,), from 0
-        ceiling: the score rises no higher than the `height` of this rarity
+        cap: the score rises no higher than the threshold for this ARL
     """
-    here, (a, b) = np.arange(len(probabilities)), likelihoods(probabilities, settings)
-    negatives, counts, row = state["negatives"], state["counts"], 1 + block
-    whole = (negatives[0] + settings.strength * settings.share) / (counts[0] + settings.strength)
-    q0 = whole
-    if settings.blocks > 1:
-        strength = settings.block_strength
-        q0 = (negatives[row, here] + strength * whole) / (counts[row, here] + strength)
-    q0 = np.clip(q0, 0.001, 0.9)
+    # The likelihood ratio of a calibrated probability p is p / (1 - p) · (1 - prior) / prior (Saerens et al. 2002).
+    a, b = probabilities * (1 - settings.prior), (1 - probabilities) * settings.prior
+    negatives, counts = state["negatives"], state["counts"]
+    # The baseline: counted documents, and the prior's `strength` as pseudo-counts.
+    q0 = np.clip((negatives + settings.strength * settings.share) / (counts + settings.strength), 0.001, 0.9)
     q1 = np.minimum(settings.ratio * q0, 0.95)
     normal = q0 * a + (1 - q0) * b
     added = np.log((q1 * a + (1 - q1) * b) / normal)
-    score = np.clip(state["score"] + added, 0, height(ceiling, q0, settings) if math.isfinite(ceiling) else math.inf)
-    run = np.where(score > 0, state["run"] + 1, 0)
-    evidence = np.where(score > 0, state["evidence"] + added, 0)  # as the score, but for the ceiling
+    score = np.clip(state["score"] + added, 0, threshold_for_arl(cap, q0, settings) if math.isfinite(cap) else math.inf)
+    run = np.where(score > 0, state["run"] + 1, 0)  # documents since the change point
+    evidence = np.where(score > 0, state["evidence"] + added, 0)  # like the score, without the cap
 
-    # decided before the document is seen, or high probabilities would be left out more often than low ones
+    # Whether to learn is decided before the document counts, or high probabilities would be left out more often.
     learn = (state["score"] < settings.freeze) | (state["run"] >= settings.patience)
     keep = np.where(learn, 0.5 ** (1 / settings.half_life), 1.0)
-    negatives, counts = negatives * keep, counts * keep
-    for place in [0] if settings.blocks == 1 else [0, (row, here)]:
-        negatives[place] += learn * (q0 + settings.gain * (q0 * a / normal - q0))
-        counts[place] += learn
+    negatives = negatives * keep + learn * (q0 + settings.gain * (q0 * a / normal - q0))
+    counts = counts * keep + learn
 
     recent = np.where(state["run"] > 0, state["recent"], q1)
     posterior = recent * a / (recent * a + (1 - recent) * b)
     recent = np.clip(recent + settings.gain * (posterior - recent) / (run + settings.gain), 0.001, 0.999)
-    names = ("score", "run", "evidence", "recent", "baseline", "negatives", "counts")
-    return dict(zip(names, (score, run, evidence, recent, q0, negatives, counts), strict=True)), added
+    after = {"score": score, "run": run, "evidence": evidence, "recent": recent}
+    return after | {"baseline": q0, "negatives": negatives, "counts": counts}, added
 
 
 class Evidence(NamedTuple):
@@ -172,49 +127,30 @@ class Evidence(NamedTuple):
     settings: Settings
 
 
-def cusum(
-    probabilities: np.ndarray, settings: Settings, times: np.ndarray | None = None, ceiling: float = math.inf
-) -> Evidence:
-    """The CUSUM's path: there is an alarm where the score is as high as the `height` of a threshold.
+def cusum(probabilities: np.ndarray, settings: Settings, cap: float = math.inf) -> Evidence:
+    """The CUSUM's path: there is an alarm where the score reaches `threshold_for_arl`.
 
     Args:
         probabilities: of being negative (streams, documents)
         settings: `share` may be an array (streams,)
-        times: in seconds (streams, documents)
-        ceiling: see `step`; live it is the threshold, so that an alarm ends soon after its surge
-
-    Raises SurgeError if the settings have blocks of the day and there are no times.
+        cap: see `step`; live it is the threshold, so that an alarm ends soon after its surge
     """
-    if times is None and settings.blocks > 1:
-        raise SurgeError("A baseline for each part of the day needs the documents' times.")
-    blocks = np.zeros(probabilities.shape, dtype=int) if times is None else part_of_day(times, settings.blocks)
     state, path = start(settings, len(probabilities)), []
-    for column, block in zip(np.ascontiguousarray(probabilities.T), blocks.T, strict=True):
-        state, _ = step(state, column, block, settings, ceiling)
+    for column in np.ascontiguousarray(probabilities.T):
+        state, _ = step(state, column, settings, cap)
         path.append((state["score"], state["baseline"]))
     return Evidence(*np.stack(path, axis=-1), settings)
 
 
-def part_of_day(times: np.ndarray, blocks: int) -> np.ndarray:
-    """The part of the day (UTC), from 0 to blocks - 1, of times in seconds since 1970."""
-    return (np.asarray(times) % DAY * blocks // DAY).astype(int)
-
-
-def switch(on: Any, wait: Any, statistic: Any, threshold: Any, release: float, cooldown: int) -> tuple[Any, Any, Any]:
-    """One document later: whether the alarm is on, documents of cool-down left, and whether the alarm was raised now.
-
-    An alarm is raised where the statistic reaches the threshold and no cool-down is left, and stays on until the
-    statistic is under release · threshold (hysteresis). Numbers or arrays.
-    """
-    now = np.where(on, statistic >= release * threshold, (statistic >= threshold) & (wait <= 0))
-    raised = now & ~np.asarray(on)
-    return now, np.where(raised, cooldown, np.maximum(wait - 1, 0)), raised
+def hysteresis(on: np.ndarray, statistic: np.ndarray, threshold: np.ndarray, release: float) -> np.ndarray:
+    """Whether the alarm is on after a document: raised at the threshold, off again below release · threshold."""
+    return np.where(on, statistic >= release * threshold, statistic >= threshold)
 
 
 class Alert(NamedTuple):
     """A surge: what a reader is shown.
 
-    time, since: of the last document, and of the first one after the change point (where the statistic was last 0)
+    time, since: of the last document, and of the first one after the change point (where the score was last 0)
     documents: how many there were since the change point
     baseline, share: the share of negative documents, normally and since the change point (estimates)
     severity: share / baseline; too high when the alarm is raised, because it is raised where documents look worst
@@ -234,20 +170,18 @@ class Alert(NamedTuple):
 
 @dataclass
 class Cusum:
-    """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `from_dict` takes it back.
+    """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `from_dict` reads it back.
 
-    threshold: the `rarity` that raises an alarm, in documents, and the ceiling; choose it with `operating_curve`
-    release, cooldown: see `switch`; the cool-down is in documents
+    threshold: the ARL (documents) at which an alarm is raised, and the cap; choose it with `operating_curve`
+    release: see `hysteresis`
     keep: how many causes are remembered
     """
 
     settings: Settings
     threshold: float
     release: float = 0.5
-    cooldown: int = 0
     keep: int = 5
     on: bool = False
-    wait: int = 0
     seen: int = 0
     since: float | None = None
     causes: list[list] = field(default_factory=list)
@@ -257,37 +191,32 @@ class Cusum:
         self.state = self.state or {name: value.tolist() for name, value in start(self.settings).items()}
 
     def update(self, time: float, probability: float, document: str | int | None = None) -> Alert | None:
-        """Takes the next document; an Alert if it raises the alarm.
+        """Sees the next document; an Alert if it raises the alarm.
 
         Args:
             time: in seconds since 1970
             probability: the classifier's, of being negative
-            document: its id in `causes`; its number in the stream, from 0, if there is none
+            document: its id in `causes`; by default its number in the stream, from 0
 
-        Raises SurgeError for what is no probability.
+        Raises NewsError for a probability that is not between 0 and 1.
         """
         if not 0 <= probability <= 1:
-            raise SurgeError(f"{probability} is no probability: it must be between 0 and 1.")
+            raise NewsError(f"{probability} is not a probability: it must be between 0 and 1.")
         before = {name: np.array(value) for name, value in self.state.items()}
-        block = part_of_day(np.array([time]), self.settings.blocks)
-        after, added = step(before, np.array([probability]), block, self.settings, self.threshold)
+        after, added = step(before, np.array([probability]), self.settings, self.threshold)
         self.state = {name: value.tolist() for name, value in after.items()}
-        if after["run"][0] <= 1:
-            self.since, self.causes = (float(time) if after["run"][0] else None), []
+        now = {name: value[0] for name, value in self.state.items()}
+        if now["run"] <= 1:  # a change point: what came before doesn't belong to this surge
+            self.since, self.causes = (float(time) if now["run"] else None), []
         if added[0] > 0:
             cause = [self.seen if document is None else document, float(added[0])]
             self.causes = heapq.nlargest(self.keep, [*self.causes, cause], key=lambda pair: pair[1])
         self.seen += 1
-        limit = height(self.threshold, after["baseline"], self.settings)[0]
-        on, wait, raised = switch(self.on, self.wait, after["score"][0], limit, self.release, self.cooldown)
-        self.on, self.wait = bool(on), int(wait)
-        return self.describe(time) if raised else None
-
-    def describe(self, time: float) -> Alert:
-        """The surge as it stands, for an alarm that is on."""
-        now = {name: value[0] for name, value in self.state.items()}
-        severity = now["recent"] / now["baseline"]
-        shares = (now["baseline"], now["recent"], severity)
+        limit = threshold_for_arl(self.threshold, after["baseline"], self.settings)[0]
+        was, self.on = self.on, bool(hysteresis(self.on, now["score"], limit, self.release))
+        if was or not self.on:
+            return None
+        shares = now["baseline"], now["recent"], now["recent"] / now["baseline"]
         return Alert(float(time), self.since, now["run"], *shares, now["evidence"], self.causes)
 
     @classmethod
