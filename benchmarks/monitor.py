@@ -38,7 +38,7 @@ def saved(folder: Path, layers: int, max_length: int) -> Path:
     del predictor.model.encoder.encoder.layer[layers:]
     predictor.model.config.num_hidden_layers = layers
     config = MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), threshold=114.0)
-    config.save(folder, predictor, None, "speed")
+    config.save(folder, "speed", predictor)
     return folder
 
 

@@ -266,7 +266,7 @@ def trained(tmp_path_factory):
     reference = {"length": [10, 20, 30], "rating": rating[:3].tolist(), "topic": ["earn", "ship", "earn"]}
     negative = sentiment.PlattScaling.fit(rating, validation["sentiment"] == 0)
     config = MonitorConfig(negative, (-0.1, 0.1), threshold=40.0, every=70, reference=reference)
-    config.save(folder, learnt, None, "a test")
+    config.save(folder, "a test", learnt)
     return folder
 
 

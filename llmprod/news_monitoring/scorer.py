@@ -32,16 +32,25 @@ class MonitorConfig:
     shares: dict[str, float] = field(default_factory=dict)
     reference: dict[str, list] = field(default_factory=dict)
 
-    def save(self, folder: Path, ratings: models.Predictor, topics: models.Predictor | None, card: str) -> None:
-        """Writes a folder with the models and `card`, their model card.
+    def save(
+        self,
+        folder: Path,
+        card: str,
+        ratings: models.Predictor,
+        topics: models.Predictor | None = None,
+        finder: Recognizer | None = None,
+    ) -> None:
+        """Writes a folder with the models.
 
         Args:
+            card: their model card
             ratings: has a head "sentiment" that gives a rating
             topics: tells topics; None where `ratings` has a head for them
+            finder: finds companies; None to watch topics and currencies alone
         """
-        ratings.save(folder / "sentiment", card)
-        if topics:
-            topics.save(folder / "topics", card)
+        for name, model in (("sentiment", ratings), ("topics", topics), ("entities", finder)):
+            if model:
+                model.save(folder / name, card)
         files.write_json(folder / "monitor.json", asdict(self))
 
     @classmethod
