@@ -136,7 +136,7 @@ def sentences():
 
 @pytest.fixture(scope="module")
 def learnt(sentences):
-    settings = {"epochs": 4, "max_length": 64, "batch_tokens": 256, "bare": 0.0}
+    settings = {"epochs": 4, "max_length": 64, "batch_tokens": 256, "learning_rate": 5e-4, "bare": 0.0}
     return recognizer.train(sentences[0], **settings, precision="fp32", progress=False)
 
 

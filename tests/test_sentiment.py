@@ -48,7 +48,7 @@ def test_own_file_with_words_and_with_numbers(tmp_path):
     table = sentiment.load(str(file), text_column="body", label_column="score")
     assert table["sentiment"].tolist() == [2, 0]
     pd.DataFrame({"text": [GOOD, BAD], "label": ["good", "negative"]}).to_csv(file, index=False)
-    with pytest.raises(sentiment.SentimentError, match="'good' is no sentiment"):
+    with pytest.raises(sentiment.SentimentError, match="'good' is not a sentiment"):
         sentiment.load(str(file))
     with pytest.raises(sentiment.SentimentError, match="part is 'blogs'"):
         sentiment.load(part="blogs")

@@ -140,5 +140,6 @@ def train(
 
     order = itertools.chain.from_iterable(itertools.repeat(batches))
     told = (lambda _, value, step: log({"loss, entities": value}, step)) if log else None
-    loop.train(classifier, order, loss, round(epochs * len(batches)), learning_rate, progress="training", log=told)
+    steps, title = round(epochs * len(batches)), "training" if progress else ""
+    loop.train(classifier, order, loss, steps, learning_rate, progress=title, log=told)
     return Recognizer(classifier.eval(), tokenizer, precision)
