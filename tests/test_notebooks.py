@@ -65,7 +65,7 @@ def test_first_cell_is_generated_and_its_commit_holds_this_module(name):
     """Colab installs the pinned commit: it must be in the history, with today's committed module."""
     (cell,) = tagged(committed(name), "setup")
     commit = re.search(r"@([0-9a-f]{40})", cell.source)[1]
-    assert cell.source == notebooks.setup_cell(commit)
+    assert cell.source == notebooks.setup_cell(name, commit)
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True)

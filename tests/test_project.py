@@ -1,22 +1,29 @@
 """The project's own files agree with one another."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from importlib import metadata
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import llmprod
 from llmprod import paths
+from llmprod.harness import notebooks, pipeline
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 PINS = {
-    name.lower().replace("_", "-"): version
+    canonicalize_name(name): version
     for name, _, version in (
         line.partition("==")
         for line in (paths.ROOT / "constraints.txt").read_text().splitlines()
@@ -31,9 +38,88 @@ def tracked() -> list[str]:
 
 
 def test_constraints_pin_every_dependency_within_its_range():
-    extras = PROJECT["optional-dependencies"]["dev"]
-    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
-        assert Version(PINS[requirement.name.lower()]) in requirement.specifier, requirement.name
+    for requirement in map(Requirement, sum(EXTRAS.values(), PROJECT["dependencies"])):
+        if requirement.name != "llmprod":
+            assert Version(PINS[canonicalize_name(requirement.name)]) in requirement.specifier, requirement.name
+
+
+def test_constraints_are_complete():
+    """Whatever `make setup` installs, down to the last dependency of a dependency, is pinned."""
+    seen, todo = set(), [Requirement("llmprod[dev]")]
+    while todo:
+        wanted = todo.pop()
+        for line in metadata.requires(wanted.name) or []:
+            needed = Requirement(line)
+            extras = wanted.extras | {""}
+            if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                key = (canonicalize_name(needed.name), frozenset(needed.extras))
+                if key not in seen and not key[0].startswith(("nvidia", "cuda", "triton")):  # torch's own, if any
+                    seen.add(key)
+                    todo.append(needed)
+    assert not {name for name, _ in seen} - set(PINS) - {"llmprod"}
+
+
+# Extras: room -> the extra that its notebook installs; a file of the chain may name one where it needs it
+ROOMS = {"financial_sentiment": "news", "news_monitoring": "news", "recommendation": "recsys"}
+
+
+def distributions(names: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(name).name) for name in names}
+
+
+def outside_imports(node: ast.AST, within: str = "") -> Iterator[tuple[str, str]]:
+    """(module that isn't ours nor Python's, the extra of the `with extra(…)` around its import, or "")."""
+    if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
+        within = call.args[0].value if getattr(call.func, "id", "") == "extra" else within
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+    for top in (name.partition(".")[0] for name in names):
+        if top not in sys.stdlib_module_names and top != "llmprod":
+            yield top, within
+    for child in ast.iter_child_nodes(node):
+        yield from outside_imports(child, within)
+
+
+def test_every_import_is_of_the_core_or_of_an_extra_that_is_named_there():
+    whose = {module: distributions(names) for module, names in metadata.packages_distributions().items()}
+    core = distributions(PROJECT["dependencies"])
+    for path in sorted(paths.PACKAGE.rglob("*.py")):
+        room = ROOMS.get(path.relative_to(paths.PACKAGE).parts[0])
+        for module, extra in outside_imports(ast.parse(path.read_text())):
+            place = f"{path.relative_to(paths.ROOT)} imports {module}"
+            assert whose[module] & (distributions(EXTRAS[extra]) if extra else core), place
+            assert not extra or room in (None, extra), f"{place} of another room's extra"
+
+
+def test_a_missing_extra_is_one_clear_error(monkeypatch):
+    from llmprod.financial_sentiment import weak_labels
+
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.delitem(sys.modules, "vaderSentiment.vaderSentiment", raising=False)
+    with pytest.raises(llmprod.LLMProdError, match="vaderSentiment") as error:
+        weak_labels.vader(["good"])
+    assert 'pip install "llmprod[news]"' in str(error.value) and "make setup" in str(error.value)
+
+
+def test_the_chain_does_not_need_any_extra():
+    """With the packages of all extras hidden, everything that notebooks 01 to 04 import can be imported."""
+    hidden = set().union(*(distributions(names) for name, names in EXTRAS.items() if name != "dev"))
+    whose = metadata.packages_distributions()
+    modules = [module for module, names in whose.items() if distributions(names) & hidden]
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
+    for path in sorted(paths.NOTEBOOKS.glob("0*.ipynb")):
+        cells = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        imports = [line for cell in cells for line in cell if re.match(r"(from|import) ", line)]
+        code += "".join(line.rstrip() + "\n" for line in imports if not line.rstrip().endswith("("))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_notebook_names_the_extra_of_its_room():
+    for name, item in pipeline.pipeline().items():
+        assert item.get("extra") == ROOMS.get(name.partition("_")[2]), name
+        wanted = f'"llmprod[{item["extra"]}] @ git+' if "extra" in item else '"llmprod @ git+'
+        assert wanted in notebooks.setup_cell(name, "0"), name
 
 
 def test_constraints_install_on_any_machine():

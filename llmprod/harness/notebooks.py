@@ -1,4 +1,4 @@
-"""What is generated inside notebooks: badge and first cell."""
+"""The generated parts of notebooks: badge and first cell."""
 
 import subprocess
 
@@ -30,18 +30,22 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("llmprod") is None:
-    _pinned = "llmprod @ git+{repository}@{commit}"
+    _pinned = "llmprod{extra} @ git+{repository}@{commit}"
     _source = os.environ.get("LLMPROD_INSTALL", _pinned)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", _source], check=True)"""
 
 
-def setup_cell(commit: str) -> str:
-    """The source of the first code cell."""
-    return SETUP.format(repository=repository(), commit=commit)
+def setup_cell(notebook: str, commit: str) -> str:
+    """The source of a notebook's first code cell, which installs the extra that the notebook needs and no other."""
+    extra = pipeline.pipeline()[notebook].get("extra")
+    return SETUP.format(extra=f"[{extra}]" if extra else "", repository=repository(), commit=commit)
 
 
 def pin() -> str:
-    """Writes badge and first cell of every notebook, for the last commit that changed the module. Returns it."""
+    """Writes the badge and the first cell of every notebook; they name the last commit that changed the module.
+
+    Returns that commit. Raises LLMProdError where there is none.
+    """
     command = ["git", "-C", str(paths.ROOT), "log", "-1", "--format=%H", "--", "llmprod", "pyproject.toml"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     if not commit:
@@ -54,6 +58,6 @@ def pin() -> str:
         body = rest.partition("\n\n")[2] if rest.startswith("[![Open in Colab]") else rest
         head.source = f"{title}\n\n{colab(name)}\n\n{body}"
         (cell,) = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
-        cell.source = setup_cell(commit)
+        cell.source = setup_cell(name, commit)
         nbformat.write(notebook, path)
     return commit

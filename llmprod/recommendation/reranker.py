@@ -9,6 +9,7 @@ import torch
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
+from llmprod.extras import extra
 from llmprod.recommendation import ranking
 from llmprod.recommendation.catalogues import FACTS, Catalogue, matrix
 from llmprod.recommendation.protocols import out_of_fold
@@ -108,7 +109,8 @@ def teach(examples: Sequence[tuple[dict, np.ndarray, np.ndarray]], names: Sequen
 
     Users without a relevant candidate teach nothing and are left out.
     """
-    from lightgbm import LGBMRanker
+    with extra("recsys"):
+        from lightgbm import LGBMRanker
 
     rows, labels = [], []
     for found, candidates, relevance in examples:

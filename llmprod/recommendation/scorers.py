@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
+from llmprod.extras import extra
 from llmprod.recommendation.catalogues import DAY, Catalogue, matrix
 
 # First stage: training interactions -> scores (users, items), higher is better
@@ -44,14 +45,16 @@ def nearest(similarity: np.ndarray, k: int) -> np.ndarray:
 
 def ials(train: csr_matrix, seed: int) -> np.ndarray:
     """Implicit alternating least squares (Hu, Koren & Volinsky 2008), library `implicit`."""
-    from implicit.als import AlternatingLeastSquares
+    with extra("recsys"):
+        from implicit.als import AlternatingLeastSquares
 
     return factorised(AlternatingLeastSquares, train, seed, factors=128, regularization=50, alpha=10, iterations=15)
 
 
 def bpr(train: csr_matrix, seed: int) -> np.ndarray:
     """Bayesian personalised ranking (Rendle et al. 2009), library `implicit`."""
-    from implicit.bpr import BayesianPersonalizedRanking
+    with extra("recsys"):
+        from implicit.bpr import BayesianPersonalizedRanking
 
     return factorised(
         BayesianPersonalizedRanking, train, seed, factors=64, learning_rate=0.01, regularization=0.01, iterations=40
