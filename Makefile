@@ -27,7 +27,7 @@ help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## make .venv (or use the active environment) and install everything, pinned
+setup: $(READY)  ## make .venv (or use the active environment) and install everything that notebooks and tests need, pinned
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,6 +37,10 @@ $(BIN)/python:
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# notebooks' diffs by nbdime, in this clone only; outside of one there is nothing to set up
+	@test ! -e .git || { \
+	  git config diff.jupyternotebook.command '"$(abspath $(BIN))/git-nbdiffdriver" diff' && \
+	  git config merge.jupyternotebook.driver '"$(abspath $(BIN))/git-nbmergedriver" merge %O %A %B %L %P'; } || true
 	@touch $@
 
 reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
@@ -45,40 +49,40 @@ reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
 test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-run: $(READY)  ## run NOTEBOOK (or all) with what it needs, in PROFILE, with PARAMS
+run: $(READY)  ## run NOTEBOOK (or all) and the notebooks it needs, in PROFILE, with PARAMS
 	$(LLMPROD) run --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'
 
 smoke: $(READY)  ## run all notebooks on tiny subsets, into reports/smoke, which nbval checks
 	$(LLMPROD) run --profile smoke
 
-verify: $(READY)  ## print the verdict on what was run
+verify: $(READY)  ## print the verdict on the last run
 	$(LLMPROD) verify --profile $(PROFILE)
 
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile $(PROFILE)
 
-bench: $(READY)  ## run BENCH (training, monitor, recommendation or peers) beside its peers
+bench: $(READY)  ## time BENCH (training, monitor, recommendation or peers) and compare it with other libraries
 	$(BIN)/python -m benchmarks.$(BENCH)
 
-reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours); goes on where it stopped
+reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours; continues where it stopped)
 	$(LLMPROD) study
 	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS) --notebook '$(NOTEBOOK)'
 
-study: $(READY)  ## run what is missing of STUDY, or of all (notebooks/studies.yaml)
+study: $(READY)  ## run the missing rows of STUDY, or of all studies (notebooks/studies.yaml)
 	$(LLMPROD) study $(STUDY)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-lint: $(READY)  ## check the style of code and notebooks, and mend what can be mended
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+lint: $(READY)  ## check code and notebooks for style and dead code, and fix what can be fixed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/python -m tests.dead_code
 
-pin: $(READY)  ## let Colab install today's commit (after a change of the module)
+pin: $(READY)  ## make Colab install the last commit of the module (after a change of it)
 	$(LLMPROD) pin
 
 sync: $(READY)  ## upload offline W&B runs
 	$(LLMPROD) sync
 
-clean:  ## delete what runs left: runs/, generated reports, caches (not .venv, not downloads)
+clean:  ## delete runs/, generated reports and caches (not .venv, not downloads)
 	rm -rf runs reports/cpu reports/gpu reports/*/work .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

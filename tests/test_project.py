@@ -2,12 +2,15 @@
 
 import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,6 +22,7 @@ from packaging.version import Version
 import llmprod
 from llmprod import paths
 from llmprod.harness import notebooks, pipeline
+from tests.dead_code import dead_code
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -211,3 +215,32 @@ def test_nothing_pickled_is_loaded_and_no_remote_code_runs():
 def test_style():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_file_or_function_without_a_reader():
+    assert dead_code() == []
+
+
+def test_dead_code_is_found(monkeypatch, tmp_path):
+    (tmp_path / "orphan.py").write_text("def nobody_calls_me():\n    pass\n")
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path)
+    assert "unused function 'nobody_calls_me'" in "".join(dead_code())
+
+
+def test_outputs_are_stripped_before_a_commit_and_tags_stay(tmp_path):
+    hook = yaml.safe_load((paths.ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"][-1]
+    executed = json.loads((paths.NOTEBOOKS / "01_data.ipynb").read_text())
+    committed = (paths.NOTEBOOKS / "01_data.ipynb").read_bytes()
+    for cell in executed["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
+    (tmp_path / "x.ipynb").write_text(json.dumps(executed))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run([*shlex.split(hook["entry"]), str(tmp_path / "x.ipynb")], check=True, env=environment)
+    assert (tmp_path / "x.ipynb").read_bytes() == committed
+
+
+def test_templates_are_yaml_with_a_name():
+    for path in (paths.ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        template = yaml.safe_load(path.read_text())
+        assert template["name"] and template["description"] and template["body"], path.name

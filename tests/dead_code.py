@@ -1,0 +1,54 @@
+"""Dead code: what `llmprod` defines and neither the module nor a notebook, study or benchmark uses (`make lint`)."""
+
+import json
+import sys
+
+import yaml
+from vulture import Vulture
+
+from llmprod import paths
+
+# Called or read by a library (torch, transformers, optuna, onnxruntime, requests, html.parser, IPython), or, as
+# `severity`, the key that a dataclass gives to a record.
+HOOKS = [
+    "_render_traceback_",
+    "attrs",
+    "base_model_prefix",
+    "compute_loss",
+    "create_optimizer",
+    "fill_uninitialized_memory",
+    "forward",
+    "get_*_dataloader",
+    "get_redirect_target",
+    "handle_*",
+    "intra_op_num_threads",
+    "kwargs",
+    "max_seq_length",
+    "model_accepts_loss_kwargs",
+    "on_*",
+    "pooler",
+    "sampler",
+    "severity",
+    "should_training_stop",
+]
+
+
+def dead_code() -> list[str]:
+    """One line for each definition in `llmprod` without a use; tests don't count as one."""
+    vulture = Vulture(ignore_names=HOOKS)
+    vulture.scavenge([paths.PACKAGE, paths.ROOT / "benchmarks"])
+    for path in paths.NOTEBOOKS.glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        vulture.scan("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), path)
+    for experiment in yaml.safe_load((paths.NOTEBOOKS / "studies.yaml").read_text(encoding="utf-8"))[
+        "experiments"
+    ].values():
+        vulture.scan(experiment["run"].partition(":")[2])
+    unused = vulture.get_unused_code(min_confidence=60)
+    return [item.get_report() for item in unused if paths.PACKAGE in item.filename.resolve().parents]
+
+
+if __name__ == "__main__":
+    found = dead_code()
+    print("\n".join(found))
+    sys.exit(bool(found))
