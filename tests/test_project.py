@@ -126,6 +126,12 @@ def test_a_notebook_names_the_extra_of_its_room():
         assert wanted in notebooks.setup_cell(name, "0"), name
 
 
+def test_every_dependency_has_its_reason():
+    names = set(re.findall(r"[\w-]+", (paths.ROOT / "docs/DEPENDENCIES.md").read_text()))
+    wanted = distributions(sum(EXTRAS.values(), PROJECT["dependencies"]))
+    assert not wanted - {canonicalize_name(name) for name in names} - {"llmprod"}
+
+
 def test_constraints_install_on_any_machine():
     text = (paths.ROOT / "constraints.txt").read_text()
     assert PINS["torch"] == "2.13.0" and "nvidia" not in text and "+cpu" not in text and "@" not in text
