@@ -175,7 +175,8 @@ def from_url(source: dict, file: str, target: Path) -> Path:
     """Downloads a file over HTTP."""
     from unearth.link import Link
 
-    with http_client(pip_settings()) as client:
+    client, _ = connect()
+    with client:
         return transfer(client, Link(f"{source['url']}/{file}"), (target / file).parent)
 
 
@@ -185,10 +186,10 @@ def from_package(source: dict, _: str, target: Path) -> Path:
     from unearth import PackageFinder
     from unearth.errors import URLError
 
-    settings, failed = pip_settings(), {}
-    with http_client(settings) as client:
+    (client, places), failed = connect(), {}
+    with client:
         # Place after place, so that one that can't be reached hides no other; twice, as a connection may break.
-        for number, place in enumerate(2 * index_places(settings)):
+        for number, place in enumerate(2 * places):
             try:  # a file that is read as data may be one for another Python, so its tags aren't compared
                 finder = PackageFinder(client, ignore_compatibility=True, **place)
                 for package in finder.find_matches(source["package"], hashes={"sha256": [source["sha256"]]}):
@@ -233,32 +234,32 @@ def pip_settings() -> dict[str, str]:
     return found
 
 
-def index_places(settings: dict[str, str]) -> list[dict]:
-    """Where pip would look, each place as arguments of a PackageFinder, whose default is pip's default index."""
-    places = [{"find_links": [place]} for place in settings.get("find-links", "").split()]
-    if settings.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
-        places += [{"index_urls": [settings["index-url"]]} if "index-url" in settings else {}]
-        places += [{"index_urls": [url]} for url in settings.get("extra-index-url", "").split()]
-    return places
+def connect() -> tuple[object, list[dict]]:
+    """A client that trusts, waits, goes through a proxy and signs in (by URL or netrc) as pip does; where pip looks.
 
-
-def http_client(settings: dict[str, str]) -> object:
-    """An HTTP client that trusts, waits, goes through a proxy and signs in (by URL or netrc) as pip does."""
+    Each place is the arguments of a PackageFinder; without any, it looks at pip's default index.
+    """
     from unearth.auth import MultiDomainBasicAuth
     from unearth.fetchers import PyPIClient
 
+    settings = pip_settings()
+    urls = [settings.get("index-url"), *settings.get("extra-index-url", "").split()]
+    if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+        urls = []
+    places = [{"find_links": [place]} for place in settings.get("find-links", "").split()]
+    places += [{"index_urls": [url]} if url else {} for url in urls]
     context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if "cert" in settings:
         context.load_verify_locations(settings["cert"])
-    urls = [url for place in index_places(settings) for url in place.get("index_urls", ())]
-    return PyPIClient(
+    client = PyPIClient(
         trusted_hosts=settings.get("trusted-host", "").split(),
         verify=context,
         timeout=float(settings.get("timeout", settings.get("default-timeout", 30))),
         proxy=settings.get("proxy"),
         follow_redirects=True,
-        auth=MultiDomainBasicAuth(prompting=False, index_urls=urls),
+        auth=MultiDomainBasicAuth(prompting=False, index_urls=filter(None, urls)),
     )
+    return client, places
 
 
 def unpack(archive: Path, members: str, wanted: list[str], target: Path) -> None:
