@@ -1,4 +1,4 @@
-"""Recommenders of the library Cornac beside ours: `python -m benchmarks.peers` (after `pip install -e '.[peers]'`).
+"""Recommenders of the library Cornac beside ours: `python -m benchmarks.peers` (after `pip install -e ".[peers]"`).
 
 One run, one split (random 75/25 within each item, seed 42), one metric (ten items; all that were not taken are
 candidates). BiVAE has the settings of the recommenders benchmark, whose best row it is: 50 dimensions, one hidden layer
@@ -35,7 +35,9 @@ def of_cornac(model: Recommender, train: pd.DataFrame, shape: tuple[int, int]) -
 
 def hybrid(train: pd.DataFrame, catalogue: catalogues.Catalogue, seed: int) -> np.ndarray:
     """Scores of the learned ranking over text, graph, other users and times."""
-    texts = scorers.centred(models.embed("minilm", catalogue.items["text"].tolist(), max_length=32))
+    texts = scorers.centred(
+        models.Predictor.pretrained("minilm", max_length=32).embed(catalogue.items["text"].tolist())
+    )
     contents = {"text": texts, "graph": scorers.fact_vectors(catalogue)}
     taken = catalogues.matrix(train, catalogue.shape)
     scores = scorers.first_stage(train, catalogue, contents, seed)

@@ -27,16 +27,20 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
     from datasets import Dataset, disable_progress_bars
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from llmprod import data, finetune, models, track
+    from llmprod import data, machine
+    from llmprod.finetune.recipe import Recipe
+    from llmprod.finetune.trainer import trainer
+    from llmprod.models import Predictor
 
     disable_progress_bars()
-    track.quiet()
-    track.seed_everything(0)
-    track.set_threads()
+    machine.quiet()
+    machine.seed_everything(0)
+    machine.set_threads()
     table = data.clean(data.load(dataset))[0].query("split == 'train'").sample(rows, random_state=0)
     labels = sorted(table["label"].unique())
     ours = variant.startswith("llmprod")
-    model, tokenizer = models.load_classifier("minilm", labels, dropout=0.0 if ours else None)
+    predictor = Predictor.pretrained("minilm", labels, dropout=0.0 if ours else None)
+    model, tokenizer = predictor.model, predictor.tokenizer
     tokens = Dataset.from_dict(
         {
             **tokenizer(table["text"].tolist(), truncation=True, max_length=128),
@@ -51,12 +55,12 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
         def train(part) -> float:
             if ours:
                 precision = "fp32" if variant.endswith("fp32") else "auto"
-                settings = {"epochs": 1, "learning_rate": 1e-4, "precision": precision, "progress": False}
-                trainer = finetune.trainer(model, tokenizer, part, None, Path(folder), seed=0, **settings)
+                recipe = Recipe(epochs=1, learning_rate=1e-4, precision=precision)
+                training = trainer(predictor, part, None, Path(folder), recipe, progress=False)
             else:
                 arguments = TrainingArguments(
                     folder,
-                    use_cpu=models.device_and_precision()[0].type == "cpu",
+                    use_cpu=machine.device_and_precision()[0].type == "cpu",
                     num_train_epochs=1,
                     per_device_train_batch_size=batch_size,
                     learning_rate=1e-4,
@@ -64,16 +68,16 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
                     report_to="none",
                     disable_tqdm=True,
                 )
-                trainer = Trainer(
+                training = Trainer(
                     model=model, args=arguments, train_dataset=part, data_collator=collate, processing_class=tokenizer
                 )
-            return trainer.train().metrics["train_samples_per_second"]
+            return training.train().metrics["train_samples_per_second"]
 
         train(tokens.select(range(2 * batch_size)))
         rate = train(tokens)
     words = sum(map(len, tokens["input_ids"])) / len(tokens)
     inner = sum(p.numel() for n, p in model.encoder.encoder.named_parameters() if p.ndim == 2)
-    return {"rate": rate, "memory": track.peak_memory_mb(), "GFLOP/s": rate * words * 6 * inner / 1e9}
+    return {"rate": rate, "memory": machine.peak_memory_mb(), "GFLOP/s": rate * words * 6 * inner / 1e9}
 
 
 def gemm_peak() -> dict[str, float]:
@@ -82,9 +86,9 @@ def gemm_peak() -> dict[str, float]:
 
     import torch
 
-    from llmprod import track
+    from llmprod import machine
 
-    track.set_threads()
+    machine.set_threads()
     found = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(2048, 384).to(kind), torch.randn(384, 1536).to(kind)
@@ -110,11 +114,11 @@ def main() -> None:
         print(json.dumps(measure(options.variant, options.dataset[0], options.rows, options.batch_size)))
         return
 
-    from llmprod import artifacts, models, track
+    from llmprod import artifacts, machine
 
-    track.set_threads()
-    _, precision, reason = models.device_and_precision()
-    print(f"{track.machine()}; precision {precision}: {reason}")
+    machine.set_threads()
+    _, precision, reason = machine.device_and_precision()
+    print(f"{machine.describe()}; precision {precision}: {reason}")
     peak = gemm_peak()
     print("GEMM peak, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in peak.items()))
     for dataset in options.dataset:

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import linear, normalize
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,7 +22,7 @@ from transformers.utils import ModelOutput
 from llmprod import LLMProdError, artifacts, files
 from llmprod.machine import autocast, device_and_precision
 
-PREFIX = "prefix"
+PREFIX = "prefix"  # the folder of a prefix within a checkpoint
 
 
 class ModelError(LLMProdError):
@@ -64,40 +62,15 @@ class Outputs(ModelOutput):
 
 
 class Classifier(PreTrainedModel):
-    """An encoder, and a head with one vector for each class; the two below differ in a text's vector and its logits."""
+    """A pretrained encoder, the mean of its token vectors, dropout, and a head with one vector for each class.
 
-    base_model_prefix = "encoder"
-
-    def vectors_and_logits(
-        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text vectors and logits (texts, classes) from token vectors (texts, tokens, dimensions)."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Logits and text vectors and, where there are labels, the mean cross-entropy loss."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        vectors, logits = self.vectors_and_logits(hidden, input_ids, attention_mask)
-        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
-        return Outputs(loss=loss, logits=logits, vectors=vectors)
-
-
-class MeanPoolClassifier(Classifier):
-    """A pretrained encoder, the mean over its token vectors, dropout, and a head with one vector for each class.
-
-    Mean pooling is what sentence encoders were trained with (Reimers & Gurevych 2019); the usual classification
-    model of the library reads the first token through a layer that they never used, and learns slower. The head
-    (`config.head`) is "linear", or "cosine": the cosine of text and class vector times `COSINE_SCALE`, in which a
-    class vector can be set before any training, to the mean of its examples or to its name's own vector.
+    Sentence encoders were trained with mean pooling (Reimers & Gurevych 2019); the library's usual classification
+    model reads the first token through a layer that they never used, and learns more slowly. The head
+    (`config.head`) is "linear", or "cosine": the cosine of text and class vector times `COSINE_SCALE`. The class
+    vectors of a cosine head can be set before any training, to the mean of their texts or to the vector of their name.
     """
 
+    base_model_prefix = "encoder"
     _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
     COSINE_SCALE = 20.0
 
@@ -111,76 +84,27 @@ class MeanPoolClassifier(Classifier):
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def vectors_and_logits(
-        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean over a text's tokens, and the head's answer to it."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Outputs:
+        """Logits and text vectors and, where there are labels, the mean cross-entropy loss."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         vectors = mean_over_tokens(hidden, attention_mask)
         if getattr(self.config, "head", "linear") == "linear":
-            return vectors, self.classifier(self.dropout(vectors))
-        text, classes = normalize(self.dropout(vectors), dim=-1), normalize(self.classifier.weight, dim=-1)
-        return vectors, self.COSINE_SCALE * linear(text, classes)
+            logits = self.classifier(self.dropout(vectors))
+        else:
+            text, classes = normalize(self.dropout(vectors), dim=-1), normalize(self.classifier.weight, dim=-1)
+            logits = self.COSINE_SCALE * linear(text, classes)
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return Outputs(loss=loss, logits=logits, vectors=vectors)
 
 
-class PromptClassifier(Classifier):
-    """A masked language model that fills the mask of a prompt; a class is the mean of its name's word vectors.
-
-    The head of the language model turns the token vector at the mask into one to compare with word vectors; the
-    verbalizer takes for each class the words of its name (Schick & Schütze 2021). All of it can be trained.
-    """
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        language_model = AutoModelForMaskedLM.from_config(config)
-        self.encoder = language_model.base_model
-        self.transform = language_model.cls.predictions.transform
-        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def vectors_and_logits(
-        self, hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the language model would compare with word vectors at the mask, and the classes' words compared."""
-        vectors = self.transform(hidden[input_ids == self.config.mask_token_id])
-        return vectors, self.classifier(vectors)
-
-
-PROMPT = "this is about [MASK] ."
-
-
-def load_prompt(folder: Path, config: PreTrainedConfig) -> tuple[PromptClassifier, PreTrainedTokenizerBase]:
-    """A masked language model as a classifier, and its tokenizer, which puts the prompt after every text.
-
-    Raises ModelError for a model without a head that fills masks.
-    """
-    language_model, found = AutoModelForMaskedLM.from_pretrained(
-        folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    if any("predictions.transform" in name for name in found["missing_keys"]):
-        raise ModelError(f"The model in {folder} can't fill masks; strategy='prompt' needs one, as bert-base-uncased.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config.mask_token_id = tokenizer.mask_token_id
-    add_prompt(tokenizer)
-    classifier = PromptClassifier(config)
-    classifier.encoder, classifier.transform = language_model.base_model, language_model.cls.predictions.transform
-    decoder = language_model.cls.predictions.decoder
-    with torch.no_grad():
-        for k in range(config.num_labels):
-            name = tokenizer(readable(config.id2label[k]), add_special_tokens=False)["input_ids"]
-            classifier.classifier.weight[k] = decoder.weight[name].mean(dim=0)
-            classifier.classifier.bias[k] = decoder.bias[name].mean()
-    return classifier, tokenizer
-
-
-def add_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets a tokenizer put the prompt after every text; a text that is too long loses its own end, not the prompt."""
-    tokens = [tokenizer.cls_token, *tokenizer.tokenize(PROMPT), tokenizer.sep_token]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[tokens[0], "$A", *tokens[1:]], special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in tokens]
-    )
-
-
-def readable(label: str) -> str:
+def label_as_words(label: str) -> str:
     """A class name as words: `card_not_working` becomes `card not working`."""
     return label.replace("_", " ").replace("-", " ").strip(" ?")
 
@@ -196,7 +120,7 @@ class Adapter(torch.nn.Module):
             torch.nn.init.zeros_(parameter)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states plus what the bottleneck makes of them."""
+        """Adds the output of the bottleneck to the hidden states."""
         return hidden + self.up(torch.nn.functional.gelu(self.down(hidden)))
 
 
@@ -208,120 +132,128 @@ def add_adapters(encoder: PreTrainedModel, size: int) -> None:
 
 
 def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean of token vectors (texts, tokens, dimensions) over the tokens that are no padding, in float32."""
+    """Averages token vectors (texts, tokens, dimensions) over the tokens that are not padding, in float32."""
     mask = attention_mask.unsqueeze(-1)
     return (hidden.float() * mask).sum(1) / mask.sum(1)
 
 
-def load_classifier(
-    model: str, labels: Sequence[str], dropout: float | None = None, head: str = "linear"
-) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """The pretrained encoder with a new classification head of one output a label, and its tokenizer.
-
-    Args:
-        model: a registered model or a folder
-        labels: the names of the classes
-        dropout: the share of hidden and attention values set to zero in training; None: what the model came with
-        head: "linear", "cosine" or "prompt" (see `PromptClassifier`)
-    """
-    if head not in ("linear", "cosine", "prompt"):
-        raise ModelError(f"head is '{head}'; use 'linear', 'cosine' or 'prompt'.")
-    folder = model_folder(model)
-    classes = dict(enumerate(labels))
-    changed = {"id2label": classes, "label2id": {label: k for k, label in classes.items()}}
-    if dropout is not None:
-        changed |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = AutoConfig.from_pretrained(folder, **changed)
-    config.head = head
-    return load_prompt(folder, config) if head == "prompt" else load_checkpoint(folder, config)
-
-
-def load_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """A classifier and its tokenizer, as `save_checkpoint` wrote them."""
-    config = config or AutoConfig.from_pretrained(folder)
-    kind = PromptClassifier if getattr(config, "head", "") == "prompt" else MeanPoolClassifier
-    classifier = kind.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
-    if (folder / PREFIX).is_dir():
-        classifier.encoder = PeftModel.from_pretrained(classifier.encoder, folder / PREFIX)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if kind is PromptClassifier:  # the library rebuilds what surrounds a text from the tokenizer's class
-        add_prompt(tokenizer)
-    return classifier, tokenizer
-
-
-def save_checkpoint(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Writes model (safetensors), tokenizer and model card into a folder, atomically.
-
-    What can't be merged into the weights (a prefix, see `methods.merge`) lies in a folder of its own beside them.
-    """
-    wrapped = classifier.encoder
-    with files.atomic(folder) as temporary:
-        if isinstance(wrapped, PeftModel):
-            wrapped.save_pretrained(temporary / PREFIX)
-            classifier.encoder = wrapped.base_model
-        try:
-            classifier.save_pretrained(temporary)
-        finally:
-            classifier.encoder = wrapped
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-def in_length_order(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int, desc: str
+def length_sorted_batches(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Batches of texts of similar length, longest first: (their positions in `texts`, padded tensors)."""
-    tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    tokens = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
     order = np.argsort([-len(t) for t in tokens], kind="stable")
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=desc, leave=False, disable=len(starts) == 1):
+    for start in tqdm(starts, desc="predicting", leave=False, disable=len(starts) == 1):
         rows = order[start : start + batch_size]
         yield rows, tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
 
 
-@torch.inference_mode()
-def infer(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int = 64,
-    precision: str = "auto",
-) -> tuple[np.ndarray, np.ndarray]:
-    """The classifier's logits (texts, classes) and text vectors (texts, dimensions), float32, in the texts' order.
+@dataclass
+class Predictor:
+    """A classifier and its tokenizer: texts in, logits and text vectors out.
 
-    Texts are cut at the tokenizer's `model_max_length`, which a checkpoint of ours keeps from its training.
+    Texts are cut at `tokenizer.model_max_length`, which a checkpoint keeps from its training.
     """
-    device, precision, _ = device_and_precision(precision)
-    model.to(device).eval()
-    logits = np.zeros((len(texts), model.config.num_labels), dtype=np.float32)
-    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
-    for rows, batch in in_length_order(texts, tokenizer, tokenizer.model_max_length, batch_size, "predicting"):
-        with autocast(device, precision):
-            outputs = model(**batch.to(device))
-        logits[rows] = outputs.logits.float().cpu().numpy()
-        vectors[rows] = outputs.vectors.float().cpu().numpy()
-    return logits, vectors
 
+    model: torch.nn.Module  # a Classifier, or a module with its `config` and outputs (see `optimize.int8`)
+    tokenizer: PreTrainedTokenizerBase
+    precision: str = "auto"  # see `machine.device_and_precision`
+    batch_size: int = 64  # texts in a batch
 
-def predict(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int = 64,
-    precision: str = "auto",
-) -> np.ndarray:
-    """The logits of `infer` alone."""
-    return infer(model, tokenizer, texts, batch_size, precision)[0]
+    @classmethod
+    def load(
+        cls, folder: Path, precision: str = "auto", batch_size: int = 64, *, config: PreTrainedConfig | None = None
+    ) -> "Predictor":
+        """Reads a folder that `save` wrote; `config` replaces the folder's own."""
+        config = config or AutoConfig.from_pretrained(folder)
+        model = Classifier.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
+        if (folder / PREFIX).is_dir():
+            model.encoder = PeftModel.from_pretrained(model.encoder, folder / PREFIX)
+        return cls(model, AutoTokenizer.from_pretrained(folder), precision, batch_size)
 
+    @classmethod
+    def pretrained(
+        cls,
+        model: str,
+        labels: Sequence[str] = ("none",),
+        *,
+        dropout: float | None = None,
+        head: str = "linear",
+        max_length: int | None = None,
+        precision: str = "auto",
+    ) -> "Predictor":
+        """The pretrained encoder with a new, untrained head of one output for each label.
 
-def embed(
-    model: str, texts: Sequence[str], max_length: int = 128, batch_size: int = 64, precision: str = "auto"
-) -> np.ndarray:
-    """Sentence vectors of the pretrained encoder as it is: the mean over tokens, of length 1.
+        Args:
+            model: a registered model or a folder
+            labels: the names of the classes; none where only vectors are wanted
+            dropout: the share of hidden and attention values set to zero in training; None: the model's own
+            head: "linear" or "cosine", see `Classifier`
+            max_length: how many tokens of a text are read; None: as many as the model can
 
-    Shape (texts, hidden size), float32. Mean pooling as in Sentence-BERT (Reimers & Gurevych 2019).
-    """
-    classifier, tokenizer = load_classifier(model, ["none"])
-    tokenizer.model_max_length = max_length
-    vectors = infer(classifier, tokenizer, texts, batch_size, precision)[1]
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        Raises ModelError for an unknown model or head.
+        """
+        if head not in ("linear", "cosine"):
+            raise ModelError(f"head is '{head}'; use 'linear' or 'cosine'.")
+        folder = model_folder(model)
+        classes = dict(enumerate(labels))
+        changes = {"id2label": classes, "label2id": {label: k for k, label in classes.items()}}
+        if dropout is not None:
+            changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        config = AutoConfig.from_pretrained(folder, **changes)
+        config.head = head
+        predictor = cls.load(folder, precision, config=config)
+        if max_length is not None:
+            predictor.tokenizer.model_max_length = max_length
+        return predictor
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in the order of the logits."""
+        return [self.model.config.id2label[k] for k in range(self.model.config.num_labels)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where predictions are computed."""
+        return device_and_precision(self.precision)[0]
+
+    @torch.inference_mode()
+    def infer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (texts, classes) and text vectors (texts, dimensions), float32, in the order of the texts."""
+        device, precision, _ = device_and_precision(self.precision)
+        self.model.to(device).eval()
+        logits = np.zeros((len(texts), self.model.config.num_labels), dtype=np.float32)
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        for rows, batch in length_sorted_batches(texts, self.tokenizer, self.batch_size):
+            with autocast(device, precision):
+                outputs = self.model(**batch.to(device))
+            logits[rows] = outputs.logits.float().cpu().numpy()
+            vectors[rows] = outputs.vectors.float().cpu().numpy()
+        return logits, vectors
+
+    def predict(self, texts: Sequence[str]) -> np.ndarray:
+        """Logits (texts, classes)."""
+        return self.infer(texts)[0]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Sentence vectors of length 1 (texts, dimensions), by mean pooling (Reimers & Gurevych 2019)."""
+        vectors = self.infer(texts)[1]
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def save(self, folder: Path, card: str) -> None:
+        """Writes model (safetensors), tokenizer and model card into a folder, atomically.
+
+        A prefix can't be merged into the weights (see `methods.merge`) and is written to a folder of its own.
+        """
+        wrapped = self.model.encoder
+        with files.atomic(folder) as temporary:
+            if isinstance(wrapped, PeftModel):
+                wrapped.save_pretrained(temporary / PREFIX)
+                self.model.encoder = wrapped.base_model
+            try:
+                self.model.save_pretrained(temporary)
+            finally:
+                self.model.encoder = wrapped
+            self.tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import torch
 from optuna.trial import TrialState
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from llmprod import files, models
 
@@ -86,8 +86,8 @@ def search(
 class Int8Classifier(torch.nn.Module):
     """A classifier of `models` whose matrix products ONNX Runtime computes in 8-bit integers, on the processor.
 
-    `models.predict` takes it as it takes a `models.Classifier`. The numbers that go into a product share one scale in
-    the whole batch, so that a text's logits depend a little on the texts beside it.
+    A `models.Predictor` uses it like a `models.Classifier`. The numbers that go into a product share one scale in the
+    whole batch, so that a text's logits depend a little on the other texts of its batch.
     """
 
     def __init__(self, file: Path, config: object):
@@ -109,14 +109,16 @@ class Int8Classifier(torch.nn.Module):
         return models.Outputs(logits=logits, vectors=vectors)
 
 
-def int8(folder: Path) -> tuple[Int8Classifier, PreTrainedTokenizerBase]:
-    """The checkpoint in a folder with int8 weights, which are written beside it the first time, and its tokenizer."""
-    classifier, tokenizer = models.load_checkpoint(folder)
-    file = folder / "int8.onnx"
+def int8(folder: Path, batch_size: int = 32) -> models.Predictor:
+    """The checkpoint in a folder with int8 weights, which are written next to it the first time.
+
+    Small batches keep the products in the processor's cache, and are faster.
+    """
+    whole, file = models.Predictor.load(folder), folder / "int8.onnx"
     if not file.exists():
-        print(f"Writing {file.name} beside the checkpoint, once.")
-        save_int8(classifier, file)
-    return Int8Classifier(file, classifier.config), tokenizer
+        print(f"Writing {file.name} next to the checkpoint, once.")
+        save_int8(whole.model, file)
+    return models.Predictor(Int8Classifier(file, whole.model.config), whole.tokenizer, "fp32", batch_size)
 
 
 def save_int8(classifier: models.Classifier, file: Path) -> None:
@@ -138,7 +140,7 @@ def save_int8(classifier: models.Classifier, file: Path) -> None:
     tokens = torch.ones(2, 8, dtype=torch.long)
     mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 4])  # without any padding the export would leave the mask out
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder, files.atomic(file) as small, unheard():
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder, files.atomic(file) as small, silence_export_warnings():
         whole = Path(folder) / "whole.onnx"
         torch.onnx.export(
             plain,
@@ -154,8 +156,8 @@ def save_int8(classifier: models.Classifier, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """No warnings for a while: the exporter tells of optional packages and of its own old calls."""
+def silence_export_warnings() -> Iterator[None]:
+    """Silences warnings: the exporter tells of optional packages and of its own outdated calls."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

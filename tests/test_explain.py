@@ -10,20 +10,20 @@ from llmprod.finetune import fewshot
 
 
 @pytest.fixture(scope="module")
-def classifier():
+def predictor():
     """Zero-shot: its classes are names, so that we know which words must matter."""
-    model, tokenizer = models.load_classifier("minilm", ["crude oil", "wheat harvest", "interest rates"], head="cosine")
-    tokenizer.model_max_length = 32
-    fewshot.set_prototypes(model, tokenizer, [], [], "fp32")
-    return model, tokenizer
+    labels = ["crude oil", "wheat harvest", "interest rates"]
+    predictor = models.Predictor.pretrained("minilm", labels, head="cosine", max_length=32, precision="fp32")
+    fewshot.set_prototypes(predictor, [], [])
+    return predictor
 
 
 TEXT = "reporters heard on monday that the wheat harvest of the country was good"
 
 
-def test_attributions_are_complete_and_name_the_right_words(classifier):
-    model, tokenizer = classifier
-    tokens, scores, error = explain.attribute(model, tokenizer, TEXT, target=1, steps=64)
+def test_attributions_are_complete_and_name_the_right_words(predictor):
+    model, tokenizer = predictor.model, predictor.tokenizer
+    tokens, scores, error = explain.attribute(predictor, TEXT, target=1, steps=64)
     assert tokens == TEXT.split() and scores.shape == (len(tokens),)
     assert set(np.array(tokens)[np.argsort(-scores)[:2]]) == {"wheat", "harvest"}
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
@@ -35,10 +35,9 @@ def test_attributions_are_complete_and_name_the_right_words(classifier):
     assert abs(error) < 0.1 * abs(logit[0] - logit[1])
 
 
-def test_an_explanation_is_more_faithful_than_its_opposite(classifier):
-    model, tokenizer = classifier
-    tokens, scores, _ = explain.attribute(model, tokenizer, TEXT, target=1)
-    good, bad = (explain.faithfulness(model, tokenizer, [tokens], [ranking], [1]) for ranking in (scores, -scores))
+def test_an_explanation_is_more_faithful_than_its_opposite(predictor):
+    tokens, scores, _ = explain.attribute(predictor, TEXT, target=1)
+    good, bad = (explain.faithfulness(predictor, [tokens], [ranking], [1]) for ranking in (scores, -scores))
     assert good[0][0] > bad[0][0], "leaving the explanation out costs more"
     assert good[1][0] < bad[1][0], "keeping only the explanation costs less"
 

@@ -10,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprod import data, machine, models
-from llmprod.finetune import fewshot, learn, methods, trainer
+from llmprod.finetune import fewshot, learn, loop, methods, trainer
+from llmprod.finetune.recipe import Recipe
+from llmprod.models import Predictor
 
-FAST = {
-    "epochs": 1,
-    "learning_rate": 3e-4,
-    "max_length": 32,
-    "batch_tokens": 512,
-    "precision": "fp32",
-    "progress": False,
-}
+FAST = {"epochs": 1, "learning_rate": 3e-4, "max_length": 32, "batch_tokens": 512, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +26,15 @@ def small(tmp_path_factory):
     return data.prepared(folder)[:2]
 
 
-def learn(small, folder, seed=0, **changes) -> learn.Learnt:
+def short_run(small, folder, **changes) -> learn.Learnt:
     """A short training run."""
     splits, labels = small
-    return learn.learn(splits, labels, folder, seed=seed, **FAST | changes)
+    return learn.learn(splits, labels, Recipe(**FAST | changes), folder, progress=False)
 
 
 def accuracy(learnt: learn.Learnt, part: Dataset) -> float:
     """On a split."""
-    logits = models.predict(learnt.classifier, learnt.tokenizer, list(part["text"]), precision="fp32")
+    logits = learnt.predictor.predict(list(part["text"]))
     return float((logits.argmax(axis=1) == np.array(part["label"])).mean())
 
 
@@ -49,7 +44,9 @@ def majority(part: Dataset) -> float:
 
 
 def test_two_runs_give_equal_weights_and_another_seed_does_not(small, tmp_path):
-    one, two, other = (learn(small, tmp_path, seed, shots=5).classifier.state_dict() for seed in (0, 0, 1))
+    one, two, other = (
+        short_run(small, tmp_path, seed=seed, shots=5).predictor.model.state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
@@ -61,16 +58,16 @@ RATES["bitfit"] = 5e-3
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_trains_what_it_says_and_learns(method, small, tmp_path):
     splits, labels = small
-    before = dict(models.load_classifier("minilm", labels)[0].named_parameters())
-    learnt = learn(small, tmp_path, method=method, learning_rate=RATES[method], epochs=4)
+    before = dict(Predictor.pretrained("minilm", labels).model.named_parameters())
+    learnt = short_run(small, tmp_path, method=method, learning_rate=RATES[method], epochs=4)
     assert accuracy(learnt, splits["test"]) > majority(splits["test"]) + 0.08
-    trained = methods.trained_state(learnt.classifier)
+    trained = methods.trained_state(learnt.predictor.model)
     assert sum(w.numel() for w in trained.values()) == learnt.trained_parameters
     whole = sum(p.numel() for p in before.values())
     assert learnt.trained_parameters < (0.5 if method == "full" else 0.03) * whole
     after = {
         re.sub(r"base_model\.(model\.)?|base_layer\.|(?<=dense\.)0\.", "", n): p
-        for n, p in learnt.classifier.named_parameters()
+        for n, p in learnt.predictor.model.named_parameters()
         if not p.requires_grad
     }
     frozen = [name for name in before if name in after]
@@ -78,13 +75,13 @@ def test_every_method_trains_what_it_says_and_learns(method, small, tmp_path):
 
 
 def test_adalora_moves_its_ranks_to_the_budget(small, tmp_path):
-    ranks = methods.ranks(learn(small, tmp_path, method="adalora", learning_rate=5e-3, epochs=2).classifier)
+    ranks = methods.ranks(short_run(small, tmp_path, method="adalora", learning_rate=5e-3, epochs=2).predictor.model)
     assert ranks.shape == (6, 6) and ranks.to_numpy().max() <= 12
     assert ranks.to_numpy().mean() == pytest.approx(8, abs=0.2) and ranks.to_numpy().std() > 0
 
 
 def test_adaloras_penalty_is_zero_for_orthogonal_factors():
-    model, _ = models.load_classifier("minilm", ["a", "b"])
+    model = Predictor.pretrained("minilm", ["a", "b"]).model
     assert methods.orthogonality(model) == 0
     methods.prepare(model, "adalora", steps=100)
     assert methods.orthogonality(model) > 0
@@ -111,9 +108,11 @@ def test_adaloras_penalty_is_zero_for_orthogonal_factors():
 )
 def test_every_measure_against_over_fitting_changes_training_and_still_learns(change, small, tmp_path):
     splits, _ = small
-    plain = learn(small, tmp_path, shots=8, epochs=3, **{k: v for k, v in change.items() if k in FAST or k == "method"})
-    other = learn(small, tmp_path, shots=8, epochs=3, **change)
-    assert not torch.equal(plain.classifier.classifier.weight, other.classifier.classifier.weight)
+    plain = short_run(
+        small, tmp_path, shots=8, epochs=3, **{k: v for k, v in change.items() if k in FAST or k == "method"}
+    )
+    other = short_run(small, tmp_path, shots=8, epochs=3, **change)
+    assert not torch.equal(plain.predictor.model.classifier.weight, other.predictor.model.classifier.weight)
     assert accuracy(other, splits["test"]) > 0.5
 
 
@@ -121,11 +120,11 @@ def test_an_adversarial_step_raises_the_loss(small, tmp_path):
     """The shift has the length asked for, and the loss at the shifted text is higher than at the text."""
     splits, labels = small
     machine.seed_everything(0)
-    model, tokenizer = models.load_classifier("minilm", labels, dropout=0.0)
-    train = trainer.tokenize(splits["train"], tokenizer, 32, "minilm")
-    made = trainer.trainer(
-        model, tokenizer, train, None, tmp_path, seed=0, adversarial=3.0, batch_tokens=512, precision="fp32"
-    )
+    predictor = Predictor.pretrained("minilm", labels, dropout=0.0)
+    model = predictor.model
+    train = trainer.tokenize(splits["train"], predictor.tokenizer, 32, "minilm")
+    recipe = Recipe(adversarial=3.0, batch_tokens=512, precision="fp32")
+    made = trainer.trainer(predictor, train, None, tmp_path, recipe)
     batch = next(iter(made.get_train_dataloader()))
     model.train()
     losses, shifts, compute = [], [], made.compute_loss
@@ -154,11 +153,11 @@ def test_supervised_contrastive_loss_by_hand():
 
 def test_lower_layers_learn_slower(small, tmp_path):
     splits, labels = small
-    model, tokenizer = models.load_classifier("minilm", labels)
-    train = trainer.tokenize(splits["train"], tokenizer, 32, "minilm")
-    made = trainer.trainer(
-        model, tokenizer, train, None, tmp_path, seed=0, layer_decay=0.5, learning_rate=1e-3, precision="fp32"
-    )
+    predictor = Predictor.pretrained("minilm", labels)
+    model = predictor.model
+    train = trainer.tokenize(splits["train"], predictor.tokenizer, 32, "minilm")
+    recipe = Recipe(layer_decay=0.5, learning_rate=1e-3, precision="fp32")
+    made = trainer.trainer(predictor, train, None, tmp_path, recipe)
     rates = {id(p): group["lr"] for group in made.create_optimizer().param_groups for p in group["params"]}
     rate = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert rate["classifier.weight"] == 1e-3
@@ -179,7 +178,7 @@ def test_token_budget_batches_hold_every_text_once(lengths, budget, seed):
 
 def test_token_budget_pads_little_and_mixes_every_epoch(small):
     splits, _ = small
-    tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
+    tokenizer = Predictor.pretrained("minilm", ["a", "b"]).tokenizer
     tokens = trainer.tokenize(splits["train"], tokenizer, 128, "minilm")
     lengths = np.array([len(ids) for ids in tokens["input_ids"]])
     sampler = trainer.TokenBudget(lengths, 1024, 0)
@@ -192,7 +191,7 @@ def test_token_budget_pads_little_and_mixes_every_epoch(small):
 
 def test_tokens_are_kept_for_the_next_run(small):
     splits, _ = small
-    tokenizer = models.load_classifier("minilm", ["a", "b"])[1]
+    tokenizer = Predictor.pretrained("minilm", ["a", "b"]).tokenizer
     one, two, shorter = (trainer.tokenize(splits["train"], tokenizer, length, "minilm") for length in (32, 32, 16))
     assert one._fingerprint == two._fingerprint != shorter._fingerprint
     assert one.cache_files == two.cache_files and max(map(len, shorter["input_ids"])) <= 16
@@ -211,12 +210,12 @@ def test_augmentation_keeps_the_ends_and_adds_nothing(inner):
 
 def test_few_labels_are_chosen_by_class_and_seed(small):
     splits, _ = small
-    chosen, rest = fewshot.choose(splits["train"], 3, 0)
+    chosen, rest = fewshot.sample_shots(splits["train"], 3, 0)
     counts, all_counts = np.bincount(chosen["label"]), np.bincount(splits["train"]["label"])
     np.testing.assert_array_equal(counts, np.minimum(all_counts, 3))
     assert len(chosen) + len(rest) == len(splits["train"])
-    assert set(chosen["text"]) != set(fewshot.choose(splits["train"], 3, 1)[0]["text"])
-    assert len(fewshot.choose(splits["train"], 0, 0)[0]) == len(splits["train"])
+    assert set(chosen["text"]) != set(fewshot.sample_shots(splits["train"], 3, 1)[0]["text"])
+    assert len(fewshot.sample_shots(splits["train"], 0, 0)[0]) == len(splits["train"])
 
 
 def test_class_names_alone_beat_the_largest_class():
@@ -226,24 +225,23 @@ def test_class_names_alone_beat_the_largest_class():
         "exchange rate": ["what rate do you use to change money", "the currency rate was bad"],
         "lost or stolen phone": ["somebody took my phone", "i can not find my mobile"],
     }
-    model, tokenizer = models.load_classifier("minilm", list(requests), head="cosine")
-    fewshot.set_prototypes(model, tokenizer, [], [], "fp32")
+    predictor = Predictor.pretrained("minilm", list(requests), head="cosine", precision="fp32")
+    fewshot.set_prototypes(predictor, [], [])
     for label, texts in requests.items():
-        guesses = models.predict(model, tokenizer, texts, precision="fp32").argmax(axis=1)
-        assert [model.config.id2label[k] for k in guesses] == [label] * 2
+        assert [predictor.labels[k] for k in predictor.predict(texts).argmax(axis=1)] == [label] * 2
 
 
 @pytest.mark.parametrize("strategy", ["prototypes", "contrastive", "self-training"])
 def test_strategies_learn_from_four_texts_a_class(strategy, small, tmp_path):
     splits, _ = small
-    learnt = learn(small, tmp_path, shots=4, strategy=strategy, epochs=4)
+    learnt = short_run(small, tmp_path, shots=4, strategy=strategy, epochs=4)
     assert accuracy(learnt, splits["test"]) > majority(splits["test"]) + 0.15
 
 
 def test_a_student_sees_soft_labels():
     labelled = Dataset.from_dict({"input_ids": [[1]], "labels": [1]})
     unlabelled = Dataset.from_dict({"input_ids": [[2], [3]], "labels": [0, 0]})
-    both = fewshot.pseudo_labelled(np.array([[0.0, 1.0], [2.0, 0.0]], dtype=np.float32), labelled, unlabelled)
+    both = fewshot.with_pseudo_labels(np.array([[0.0, 1.0], [2.0, 0.0]], dtype=np.float32), labelled, unlabelled)
     assert both["input_ids"] == [[1]] * fewshot.LABELLED_TIMES + [[2], [3]]
     np.testing.assert_allclose(both[0]["labels"], [0, 1])
     np.testing.assert_allclose(both[-2]["labels"], np.exp([0, 2]) / np.exp([0, 2]).sum(), rtol=1e-5)  # T = 0.5
@@ -261,10 +259,31 @@ def test_a_student_sees_soft_labels():
 )
 def test_wrong_settings_are_named(wrong, message, small, tmp_path):
     with pytest.raises(models.ModelError, match=message):
-        learn(small, tmp_path, **wrong)
+        short_run(small, tmp_path, **wrong)
 
 
 def test_prototypes_need_a_cosine_head():
-    model, tokenizer = models.load_classifier("minilm", ["a", "b"])
     with pytest.raises(models.ModelError, match="cosine"):
-        fewshot.set_prototypes(model, tokenizer, [], [])
+        fewshot.set_prototypes(Predictor.pretrained("minilm", ["a", "b"]), [], [])
+
+
+def test_a_recipe_picks_its_fields_from_any_parameters():
+    assert Recipe.of({"method": "lora", "dataset": "banking77", "seed": 3}) == Recipe(method="lora", seed=3)
+
+
+def test_the_loop_warms_up_clips_and_finds_the_minimum():
+    """A straight line through points: the loss falls to 0; each step's loss is told to `log` and returned."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 20)[:, None]
+    told = []
+    losses = loop.train(
+        model,
+        iter([x] * 400),
+        lambda batch: torch.nn.functional.mse_loss(model(batch), 3 * batch + 1),
+        400,
+        0.05,
+        weight_decay=0.0,
+        log=lambda batch, loss, step: told.append((step, loss)),
+    )
+    assert told == list(enumerate(losses)) and len(losses) == 400
+    assert losses[-1] < 1e-4 < losses[0]

@@ -91,16 +91,15 @@ def test_a_pruned_trial_counts_as_done(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of the real encoder with a new head, in a folder."""
-    made = models.load_classifier("minilm", ["a", "b", "c"], dropout=0.0)
-    made[1].model_max_length = 64
-    models.save_checkpoint(*made, tmp_path / "checkpoint", "a test")
+    predictor = models.Predictor.pretrained("minilm", ["a", "b", "c"], dropout=0.0, max_length=64)
+    predictor.save(tmp_path / "checkpoint", "a test")
     return tmp_path / "checkpoint"
 
 
 def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     texts = sentiment.load()["text"].tolist()[:200]  # of unequal length, so that batches are padded
-    whole = models.infer(*models.load_checkpoint(checkpoint), texts, precision="fp32")
-    small = models.infer(*optimize.int8(checkpoint), texts, precision="fp32")
+    whole = models.Predictor.load(checkpoint, "fp32").infer(texts)
+    small = optimize.int8(checkpoint).infer(texts)
     for exact, rounded in zip(whole, small, strict=True):
         assert exact.shape == rounded.shape
         assert np.corrcoef(exact.ravel(), rounded.ravel())[0, 1] > 0.97
@@ -108,7 +107,7 @@ def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     file = checkpoint / "int8.onnx"
     assert file.stat().st_size < 0.3 * (checkpoint / "model.safetensors").stat().st_size
     written = file.stat().st_mtime_ns
-    again = models.infer(*optimize.int8(checkpoint), texts, precision="fp32")
+    again = optimize.int8(checkpoint).infer(texts)
     assert file.stat().st_mtime_ns == written and np.array_equal(again[0], small[0])
     assert capsys.readouterr().out.count("once") == 1
 

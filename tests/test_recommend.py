@@ -338,10 +338,10 @@ def test_tower_learns_from_who_took_what(small):
     texts = small.items["text"].tolist()
     train, test = protocols.split(small.interactions, "cold", seed=0)
     taken, relevant = (catalogues.matrix(part, small.shape) for part in (train, test))
-    encoder, tokenizer, losses = tower.learn_tower(texts, taken, steps=12, items=64, max_length=16, progress=False)
+    encoder, losses = tower.learn_tower(texts, taken, steps=12, items=64, max_length=16, progress=False)
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    before = scorers.centred(models.embed("minilm", texts, 16))
-    after = scorers.centred(tower.encode(encoder, tokenizer, texts))
+    before = scorers.centred(models.Predictor.pretrained("minilm", max_length=16).embed(texts))
+    after = scorers.centred(encoder.embed(texts))
     scores = scorers.cold_start(train, small, {"before": before, "after": after}, seed=0)
     cold = np.setdiff1d(test["item"], train["item"])
     nDCG = {
@@ -355,7 +355,9 @@ def test_facts_help_items_that_nobody_took(catalogue):
     """Facts beside titles rank cold items better than titles alone, and facts of other films don't."""
     train, test = protocols.split(catalogue.interactions, "cold", seed=0)
     relevant, cold = catalogues.matrix(test, catalogue.shape), np.setdiff1d(test["item"], train["item"])
-    titles = scorers.centred(models.embed("minilm", catalogue.items["title"].tolist(), 16))
+    titles = scorers.centred(
+        models.Predictor.pretrained("minilm", max_length=16).embed(catalogue.items["title"].tolist())
+    )
     facts = scorers.fact_vectors(catalogue)
     known, shuffled = np.flatnonzero(facts.any(axis=1)), facts.copy()
     shuffled[known] = facts[np.random.default_rng(0).permutation(known)]

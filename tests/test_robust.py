@@ -12,11 +12,11 @@ TEXT = "The company said its net profit will rise in the fourth quarter, because
 
 @pytest.mark.parametrize("change", robust.CHANGES)
 def test_strength_grades_a_change(change):
-    assert robust.changed([TEXT], change, 0.0, 0) == [TEXT]
+    assert robust.perturb([TEXT], change, 0.0, 0) == [TEXT]
     words = TEXT.split()
 
     def touched(strength: float) -> float:
-        many = robust.changed([TEXT] * 60, change, strength, 0)
+        many = robust.perturb([TEXT] * 60, change, strength, 0)
         return float(
             np.mean(
                 [
@@ -27,16 +27,16 @@ def test_strength_grades_a_change(change):
         )
 
     assert 0 < touched(0.2) < touched(0.8)
-    assert robust.changed([TEXT] * 3, change, 0.5, 1) == robust.changed([TEXT] * 3, change, 0.5, 1)
+    assert robust.perturb([TEXT] * 3, change, 0.5, 1) == robust.perturb([TEXT] * 3, change, 0.5, 1)
 
 
 @given(st.text(max_size=200), st.sampled_from(sorted(robust.CHANGES)), st.floats(0, 1))
 def test_any_text_survives_any_change(text, change, strength):
-    assert isinstance(robust.changed([text], change, strength, 0)[0], str)
+    assert isinstance(robust.perturb([text], change, strength, 0)[0], str)
 
 
 def test_changes_at_full_strength():
-    full = {change: robust.changed([TEXT], change, 1.0, 0)[0] for change in robust.CHANGES}
+    full = {change: robust.perturb([TEXT], change, 1.0, 0)[0] for change in robust.CHANGES}
     assert full["case"] == TEXT.upper()
     assert full["truncation"] == "The"
     assert sorted(full["word order"].split()) == sorted(TEXT.split()) and full["word order"] != TEXT
@@ -47,7 +47,7 @@ def test_changes_at_full_strength():
 
 
 def test_templates_differ_in_nothing_but_group():
-    rows = robust.swapped()
+    rows = robust.name_swap_texts()
     assert len(rows) == len(robust.TEMPLATES) * 12 * 10
     assert all("{" not in row["text"] for row in rows)
     assert all((" she " in f" {row['text']} ") == row["names"].startswith("female") for row in rows)

@@ -26,11 +26,10 @@ from llmprod.news_monitoring.documents import (
     LIMIT,
     Document,
     NewsError,
-    decoded,
     fingerprint,
     seconds,
 )
-from llmprod.news_monitoring.feeds import Feed
+from llmprod.news_monitoring.feeds import Feed, decoded
 from llmprod.news_monitoring.journal import Journal, new_documents, ready
 from llmprod.news_monitoring.sources import Lines, Replay, Tail
 
@@ -443,33 +442,27 @@ def test_lines_are_held_back_until_polled():
     assert [d.text for d in documents] == [str(n) for n in range(100)]
 
 
-def test_replay_at_a_speed():
+def test_replay_in_order_of_time_from_where_the_cursor_stands():
     frame = pd.DataFrame({"text": ["c", "a", "b", None], "time": [7200.0, 0.0, 3600.0, 1.0], "id": [3, 1, 2, 4]})
-    clock = Clock(50.0)
-    source, cursor = Replay(frame, speed=60, clock=clock), {}
-    documents, cursor = source.poll(cursor)
+    source = Replay(frame, batch=1)
+    documents, cursor = source.poll({})
     assert [(d.id, d.time, d.source) for d in documents] == [("1", 0.0, "replay")]
-    clock.now += 59
-    assert source.poll(cursor)[0] == []
-    clock.now += 1
-    documents, cursor = source.poll(cursor)
-    assert [d.text for d in documents] == ["b"] and not source.finished(cursor)
-    again = Replay(frame, speed=60, clock=clock)
+    again = Replay(frame)
     documents, end = again.poll(cursor)
-    assert [d.text for d in documents] == ["c"] and again.finished(end), "goes on where the cursor stands, at once"
-    assert again.name == source.name != Replay(frame[:2], 0).name
+    assert [d.text for d in documents] == ["b", "c"] and again.finished(end) and again.poll(end) == ([], end)
+    assert again.name == source.name != Replay(frame[:2]).name
 
 
-def test_replay_as_fast_as_asked_and_what_it_refuses():
+def test_replay_of_dates_and_what_it_refuses():
     days = pd.date_range("2020-01-01", periods=5)
-    source = Replay(pd.DataFrame({"text": list("abcde"), "time": days}), speed=0, batch=2)
+    source = Replay(pd.DataFrame({"text": list("abcde"), "time": days}), batch=2)
     first, cursor = source.poll({})
     assert [d.time for d in first] == [1577836800.0, 1577923200.0]
     assert [d.text for d in first + until_finished(source, cursor)[0]] == list("abcde")
     with pytest.raises(NewsError, match="no column time; there are text"):
-        Replay(pd.DataFrame({"text": ["a"]}), 0)
+        Replay(pd.DataFrame({"text": ["a"]}))
     with pytest.raises(NewsError, match="'soon' is neither"):
-        Replay(pd.DataFrame({"text": ["a"], "time": ["soon"]}), 0)
+        Replay(pd.DataFrame({"text": ["a"], "time": ["soon"]}))
 
 
 def test_open_source(tmp_path, monkeypatch):

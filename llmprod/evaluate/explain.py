@@ -2,18 +2,16 @@
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from captum.attr import LayerIntegratedGradients
-from transformers import PreTrainedTokenizerBase
 
-from llmprod.models import Classifier, predict
+from llmprod.models import Predictor
 
 
-def attribute(
-    classifier: Classifier, tokenizer: PreTrainedTokenizerBase, text: str, target: int, steps: int = 32
-) -> tuple[list[str], np.ndarray, float]:
+def attribute(predictor: Predictor, text: str, target: int, steps: int = 32) -> tuple[list[str], np.ndarray, float]:
     """Integrated gradients of a class's logit with respect to the token embeddings (Sundararajan et al. 2017).
 
     The path runs from [PAD] in every place (first and last token kept) to the text, in `steps` steps; the attribution
@@ -22,10 +20,9 @@ def attribute(
     Returns the tokens without the first and last, their attributions, and the completeness error: by how much all
     attributions together miss the difference of the logit between both ends.
     """
-    classifier.eval()
-    device = next(classifier.parameters()).device
+    classifier, tokenizer = predictor.model.to(predictor.device).eval(), predictor.tokenizer
     ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")["input_ids"]
-    ids = ids.to(device)
+    ids = ids.to(predictor.device)
     baseline = ids.clone()
     baseline[:, 1:-1] = tokenizer.pad_token_id
     mask = torch.ones_like(ids)
@@ -54,8 +51,7 @@ def coloured(tokens: Sequence[str], scores: np.ndarray) -> str:
 
 
 def faithfulness(
-    classifier: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
+    predictor: Predictor,
     tokens: Sequence[Sequence[str]],
     rankings: Sequence[np.ndarray],
     targets: Sequence[int],
@@ -71,13 +67,14 @@ def faithfulness(
     Comprehensiveness is how much of the class's probability is lost when the explanation is left out (more is better),
     sufficiency how much is lost when only the explanation is kept (less is better). Compare with random rankings.
     """
+    join = predictor.tokenizer.convert_tokens_to_string
     whole, without, only = [], [], []
     for words, scores in zip(tokens, rankings, strict=True):
         top = set(np.argsort(-np.asarray(scores), kind="stable")[: max(1, round(share * len(words)))].tolist())
-        whole.append(tokenizer.convert_tokens_to_string(list(words)))
-        without.append(tokenizer.convert_tokens_to_string([w for i, w in enumerate(words) if i not in top]))
-        only.append(tokenizer.convert_tokens_to_string([w for i, w in enumerate(words) if i in top]))
-    logits = predict(classifier, tokenizer, [*whole, *without, *only], precision="fp32").astype(float)
+        whole.append(join(list(words)))
+        without.append(join([w for i, w in enumerate(words) if i not in top]))
+        only.append(join([w for i, w in enumerate(words) if i in top]))
+    logits = replace(predictor, precision="fp32").predict([*whole, *without, *only]).astype(float)
     logits -= logits.max(axis=1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     full, removed, kept = (p[np.arange(len(targets)), targets] for p in np.split(probabilities, 3))

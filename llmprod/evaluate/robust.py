@@ -124,32 +124,35 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def changed(texts: Sequence[str], change: str, strength: float, seed: int) -> list[str]:
+def perturb(texts: Sequence[str], change: str, strength: float, seed: int) -> list[str]:
     """Every text with one kind of change at a strength from 0 (as it was) to 1; equal for equal seeds."""
     random = np.random.default_rng(seed)
     return [CHANGES[change](text, strength, random) if strength else text for text in texts]
 
 
-def steadiness(
-    answer: Callable[[list[str]], np.ndarray],
+def robustness_curve(
+    predict_fn: Callable[[list[str]], np.ndarray],
     texts: Sequence[str],
     labels: Sequence[int],
     strengths: Sequence[float],
     seed: int,
 ) -> pd.DataFrame:
-    """Accuracy on changed texts: one row a kind of change, one column a strength.
+    """Accuracy on perturbed texts: a row for each kind of change, a column for each strength.
 
     Args:
-        answer: texts -> predicted classes
+        predict_fn: texts -> predicted classes
     """
-    texts, labels, found = list(texts), np.asarray(labels), {}
-    unchanged = float((answer(texts) == labels).mean()) if 0 in strengths else None
+    texts, labels, rows = list(texts), np.asarray(labels), {}
+
+    def accuracy(of: list[str]) -> float:
+        return float((predict_fn(of) == labels).mean())
+
+    unchanged = accuracy(texts) if 0 in strengths else None
     for change in tqdm(CHANGES, desc="changes", leave=False):
-        found[change] = [
-            unchanged if not strength else float((answer(changed(texts, change, strength, seed)) == labels).mean())
-            for strength in strengths
+        rows[change] = [
+            accuracy(perturb(texts, change, strength, seed)) if strength else unchanged for strength in strengths
         ]
-    return pd.DataFrame.from_dict(found, orient="index", columns=list(strengths))
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(strengths))
 
 
 # Who or where a text is about should not change what it is about. Sentences and lists were written for this project.
@@ -182,7 +185,7 @@ GROUPS = {
 }
 
 
-def swapped() -> list[dict[str, str]]:
+def name_swap_texts() -> list[dict[str, str]]:
     """Every template with every name and place: `template`, `group of names`, `group of places`, `text`."""
     return [
         {

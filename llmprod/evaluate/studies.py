@@ -11,7 +11,9 @@ from scipy.special import softmax
 
 from llmprod import artifacts, data, machine, models
 from llmprod.evaluate import active, metrics, robust
+from llmprod.extras import extra
 from llmprod.finetune import fewshot, learn, methods
+from llmprod.finetune.recipe import Recipe
 
 STRENGTH = 0.3  # of the changes by which robustness is compared
 
@@ -24,22 +26,24 @@ def finetuning(parameters: Mapping[str, object]) -> dict:
 
 def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, object]) -> dict:
     """`finetuning` on splits that are there; without a validation split it trains all epochs."""
-    machine.set_threads()
-    machine.quiet()
-    settings = {name: parameters[name] for name in learn.settings()}
-    settings["judged"] = None if "validation" in splits else False
+    recipe, validate = Recipe.of(parameters), None if "validation" in splits else False
     with tempfile.TemporaryDirectory() as folder:
-        learnt = learn.learn(splits, labels, Path(folder) / "trainer", progress=False, **settings)
-        memory = machine.peak_memory_mb()
-        size = sum(weights.numel() * 4 for weights in methods.trained_state(learnt.classifier).values()) / 1e6
-        methods.merge(learnt.classifier)
+        learnt = learn.learn(splits, labels, recipe, Path(folder) / "trainer", validate=validate, progress=False)
+        predictor, memory = learnt.predictor, machine.peak_memory_mb()
+        size = sum(weights.numel() * 4 for weights in methods.trained_state(predictor.model).values()) / 1e6
+        methods.merge(predictor.model)
         texts, y = list(splits[parameters["split"]]["text"]), np.array(splits[parameters["split"]]["label"])
         started = time.perf_counter()
-        logits = models.predict(learnt.classifier, learnt.tokenizer, texts, precision=parameters["precision"])
+        logits = predictor.predict(texts)
         rate = len(texts) / (time.perf_counter() - started)
     scores = metrics.summary(y, softmax(logits.astype(float), axis=1))
     if parameters["robust_texts"]:
-        scores |= changed_texts(learnt, texts, y, parameters)
+        some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
+        texts = [texts[i] for i in some]
+        curve = robust.robustness_curve(
+            lambda changed: predictor.predict(changed).argmax(axis=1), texts, y[some], [0, STRENGTH], seed=0
+        )
+        scores |= {"unchanged": float(curve[0].iloc[0]), **curve[STRENGTH]}
     return {
         "metrics": scores | {"trained parameters": learnt.trained_parameters},
         "speeds": {
@@ -51,26 +55,14 @@ def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, 
     }
 
 
-def changed_texts(learnt: learn.Learnt, texts: list[str], y: np.ndarray, parameters: Mapping) -> dict[str, float]:
-    """Accuracy on some texts after each kind of change of `robust` in `STRENGTH` of the words."""
-    some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
-
-    def answer(changed: list[str]) -> np.ndarray:
-        return models.predict(learnt.classifier, learnt.tokenizer, changed, precision=parameters["precision"]).argmax(1)
-
-    found = robust.steadiness(answer, [texts[i] for i in some], y[some], [0, STRENGTH], seed=0)
-    return {"unchanged": float(found[0].iloc[0]), **found[STRENGTH]}
-
-
 def setfit_library(parameters: Mapping[str, object]) -> dict:
     """The setfit library on the same labelled texts: contrastive pairs, then logistic regression on the vectors."""
-    from setfit import SetFitModel, Trainer, TrainingArguments
+    with extra("peers"):
+        from setfit import SetFitModel, Trainer, TrainingArguments
 
-    machine.set_threads()
-    machine.quiet()
     machine.seed_everything(parameters["seed"])
     splits, _, _ = data.prepared(Path(parameters["splits"]))
-    chosen, _ = fewshot.choose(splits["train"], parameters["shots"], parameters["seed"])
+    chosen, _ = fewshot.sample_shots(splits["train"], parameters["shots"], parameters["seed"])
     started = time.perf_counter()
     model = SetFitModel.from_pretrained(str(models.model_folder(parameters["model"])))
     model.model_body.max_seq_length = parameters["max_length"]
@@ -96,21 +88,17 @@ def setfit_library(parameters: Mapping[str, object]) -> dict:
 
 def class_names(parameters: Mapping[str, object]) -> dict:
     """Zero-shot: the class whose name's vector lies nearest to the text's, with no labelled text at all."""
-    machine.set_threads()
-    machine.quiet()
     splits, labels, _ = data.prepared(Path(parameters["splits"]))
-    classifier, tokenizer = models.load_classifier(parameters["model"], labels, head="cosine")
-    tokenizer.model_max_length = parameters["max_length"]
-    fewshot.set_prototypes(classifier, tokenizer, [], [], parameters["precision"])
+    settings = {"max_length": parameters["max_length"], "precision": parameters["precision"]}
+    predictor = models.Predictor.pretrained(parameters["model"], labels, head="cosine", **settings)
+    fewshot.set_prototypes(predictor, [], [])
     part = splits[parameters["split"]]
-    logits = models.predict(classifier, tokenizer, list(part["text"]), precision=parameters["precision"])
+    logits = predictor.predict(list(part["text"]))
     return {"metrics": metrics.summary(np.array(part["label"]), softmax(logits.astype(float), axis=1)), "speeds": {}}
 
 
 def active_learning(parameters: Mapping[str, object]) -> dict:
     """Labels bought by one acquisition strategy until 12 % of the texts have one, on frozen text vectors."""
-    machine.set_threads()
-    machine.quiet()
     splits, _, _ = data.prepared(Path(parameters["splits"]))
     kept = (
         Path(parameters["splits"]).parents[2]
@@ -120,7 +108,8 @@ def active_learning(parameters: Mapping[str, object]) -> dict:
     def vectors(name: str) -> np.ndarray:
         path = kept.with_name(f"{kept.name}-{name}.npy")
         if not path.exists():
-            np.save(path, models.embed(parameters["model"], list(splits[name]["text"]), parameters["max_length"]))
+            encoder = models.Predictor.pretrained(parameters["model"], max_length=parameters["max_length"])
+            np.save(path, encoder.embed(list(splits[name]["text"])))
         return np.load(path)
 
     pool, test = ((vectors(name), np.array(splits[name]["label"])) for name in ("train", parameters["split"]))

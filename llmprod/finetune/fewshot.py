@@ -1,29 +1,26 @@
-"""Learning from few labels: choosing them, class vectors set before training, contrastive pairs, pseudo-labels."""
+"""Few-shot learning: sampling the shots, prototypes, contrastive pairs, pseudo-labels."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 
 from llmprod.machine import device_and_precision
-from llmprod.models import Classifier, ModelError, infer, model_folder, readable
+from llmprod.models import ModelError, Predictor, label_as_words, model_folder
 
-STRATEGIES = ("plain", "prototypes", "contrastive", "self-training", "prompt")
+STRATEGIES = {
+    "plain": "a new linear head",
+    "prototypes": "class vectors are set from the names and texts of the classes, then trained",
+    "contrastive": "the encoder is trained on pairs of texts, then as with prototypes",
+    "self-training": "a prototypes teacher labels the other training texts; a new model learns from both",
+}
+TEMPERATURE = 0.5  # of the teacher's soft labels: below 1 sharpens them
+LABELLED_TIMES = 3  # oversampling factor of the labelled texts among the pseudo-labelled ones
 
 
-TEMPERATURE = 0.5  # sharpens a teacher's beliefs
-
-
-LABELLED_TIMES = 3  # how often a labelled text counts beside a pseudo-labelled one
-
-
-def choose(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
-    """`shots` random texts of each class, and the other texts; all of them, and none, where `shots` is 0.
-
-    Raises ModelError where a class has fewer than one text.
-    """
+def sample_shots(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Draws `shots` random texts of each class (all where `shots` is 0); returns them, and the texts that are left."""
     if shots <= 0:
         return train, train.select([])
     labels = np.array(train["label"])
@@ -33,63 +30,56 @@ def choose(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Dataset]:
     return train.select(np.sort(chosen)), train.select(rest)
 
 
-def set_prototypes(
-    classifier: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    labels: Sequence[int],
-    precision: str = "auto",
-) -> None:
+def set_prototypes(predictor: Predictor, texts: Sequence[str], labels: Sequence[int]) -> None:
     """Sets each class's vector in a cosine head to the sum of its name's vector and the mean of its texts' vectors.
 
-    All of length 1 before they are added (prototypes as in Snell et al. 2017). With no texts at all this is the
-    zero-shot classifier: the class whose name lies nearest. Raises ModelError for a head that is not "cosine".
+    Each is scaled to length 1 before they are added (prototypes as in Snell et al. 2017). With no texts at all this is
+    the zero-shot classifier: the class whose name is nearest. Raises ModelError for a head that is not "cosine".
     """
-    if classifier.config.head != "cosine":
-        raise ModelError(f"Prototypes need a classifier with head='cosine', this one has '{classifier.config.head}'.")
-    names = [readable(classifier.config.id2label[k]) for k in range(classifier.config.num_labels)]
-    vectors = infer(classifier, tokenizer, [*names, *texts], precision=precision)[1]
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    model = predictor.model
+    if model.config.head != "cosine":
+        raise ModelError(f"Prototypes need a classifier with head='cosine', this one has '{model.config.head}'.")
+    names = [label_as_words(label) for label in predictor.labels]
+    vectors = predictor.embed([*names, *texts])
     prototypes, of_texts, labels = vectors[: len(names)].copy(), vectors[len(names) :], np.asarray(labels, dtype=int)
     for k in np.unique(labels):
         mean = of_texts[labels == k].mean(axis=0)
         prototypes[k] += mean / np.linalg.norm(mean)
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     with torch.no_grad():
-        classifier.classifier.weight.copy_(torch.from_numpy(prototypes))
+        model.classifier.weight.copy_(torch.from_numpy(prototypes))
 
 
-def pseudo_labelled(logits: np.ndarray, labelled: Dataset, unlabelled: Dataset) -> Dataset:
-    """What a student learns from: labelled texts (several times) and a teacher's beliefs about the unlabelled ones.
+def with_pseudo_labels(logits: np.ndarray, labelled: Dataset, unlabelled: Dataset) -> Dataset:
+    """The student's training set: labelled texts, oversampled, and unlabelled ones with the teacher's soft labels.
 
-    Beliefs are the softmax of `logits` (unlabelled texts, classes) at a temperature below 1, kept as they are (soft
-    labels, as in noisy student training, Xie et al. 2020). The column `labels` holds a probability for every class.
+    Soft labels are the softmax of the teacher's `logits` (unlabelled texts, classes) at a temperature below 1, as in
+    noisy student training (Xie et al. 2020). The column `labels` holds a probability for every class.
     """
-    beliefs = torch.softmax(torch.from_numpy(logits) / TEMPERATURE, dim=-1).numpy()
+    soft = torch.softmax(torch.from_numpy(logits) / TEMPERATURE, dim=-1).numpy()
     certain = np.eye(logits.shape[1], dtype=np.float32)[np.array(labelled["labels"], dtype=int)]
     parts = [
         part.remove_columns("labels").add_column("labels", list(targets))
-        for part, targets in ((labelled, certain), (unlabelled, beliefs))
+        for part, targets in ((labelled, certain), (unlabelled, soft))
     ]
     return concatenate_datasets([parts[0]] * LABELLED_TIMES + [parts[1]])
 
 
-def contrast(
-    classifier: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
+def train_contrastive(
+    predictor: Predictor,
     texts: Sequence[str],
     labels: Sequence[int],
     folder: str,
     seed: int,
+    *,
     pairs: int = 5,
     batch_size: int = 32,
     learning_rate: float = 5e-5,
-    precision: str = "auto",
 ) -> None:
     """Trains the encoder, in place, on pairs of texts: cosine 1 within a class and 0 across (SetFit's first phase).
 
-    Each text is paired `pairs` times with one of its class and as often with one of another (Tunstall et al. 2022),
-    by sentence-transformers' CosineSimilarityLoss. The head is not touched.
+    Each text is paired `pairs` times with one of its class and as often with one of another (Tunstall et al. 2022);
+    the loss is sentence-transformers' CosineSimilarityLoss. The head is not touched.
     """
     from sentence_transformers import (
         SentenceTransformer,
@@ -108,10 +98,11 @@ def contrast(
                 rows["sentence1"].append(texts[i])
                 rows["sentence2"].append(texts[int(j)])
                 rows["label"].append(target)
-    device, precision, _ = device_and_precision(precision)
-    transformer = Transformer(str(model_folder(classifier.name_or_path)), max_seq_length=tokenizer.model_max_length)
-    transformer.model = classifier.encoder
-    sentences = SentenceTransformer(modules=[transformer, Pooling(classifier.config.hidden_size)], device=str(device))
+    device, precision, _ = device_and_precision(predictor.precision)
+    model, max_length = predictor.model, predictor.tokenizer.model_max_length
+    transformer = Transformer(str(model_folder(model.name_or_path)), max_seq_length=max_length)
+    transformer.model = model.encoder
+    sentences = SentenceTransformer(modules=[transformer, Pooling(model.config.hidden_size)], device=str(device))
     arguments = SentenceTransformerTrainingArguments(
         folder,
         num_train_epochs=1,

@@ -1,38 +1,27 @@
-"""Fine-tuning by any method and strategy."""
+"""Fine-tuning with any method and strategy."""
 
-import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import DatasetDict
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback
 
-from llmprod import machine, models
+from llmprod import machine
 from llmprod.finetune import fewshot, methods
+from llmprod.finetune.recipe import Recipe
 from llmprod.finetune.trainer import Trainer, tokenize, trainer
-from llmprod.models import Classifier, ModelError
+from llmprod.models import ModelError, Predictor
 
-HEADS = {"plain": "linear", "prompt": "prompt"}  # of the strategies whose class vectors are not set to prototypes
-
-
-def settings() -> list[str]:
-    """The names of what `learn` and its Trainer can be told."""
-    told = {**inspect.signature(learn).parameters, **inspect.signature(trainer).parameters}
-    return [
-        n
-        for n, p in told.items()
-        if p.kind is p.KEYWORD_ONLY and n not in ("judged", "callbacks", "progress", "student_epochs")
-    ]
+STUDENT_EPOCHS = 2  # in self-training
 
 
 @dataclass
 class Learnt:
-    """What `learn` gives: the classifier on its device, its tokenizer, the Trainer, what it took."""
+    """The result of `learn`."""
 
-    classifier: Classifier
-    tokenizer: PreTrainedTokenizerBase
+    predictor: Predictor  # on its device
     trainer: Trainer
     trained_parameters: int
     seconds: float
@@ -42,70 +31,60 @@ class Learnt:
 def learn(
     splits: DatasetDict,
     labels: Sequence[str],
+    recipe: Recipe,
     folder: Path,
     *,
-    model: str = "minilm",
-    max_length: int = 128,
-    shots: int = 0,
-    strategy: str = "plain",
-    student_epochs: float = 2,
-    dropout: float = 0.0,
-    seed: int,
-    judged: bool | None = None,
-    **training: object,
+    validate: bool | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
 ) -> Learnt:
-    """Fine-tunes a pretrained model on the training split, or on `shots` texts of each class of it.
+    """Fine-tunes a pretrained model on the training split, or on `recipe.shots` texts of each class of it.
 
     Args:
         splits: `train` and `validation` with `text` and `label`
         labels: the class names
         folder: the Trainer's output folder
-        model, max_length, dropout: see `models.load_classifier` and `tokenize`
-        shots: labelled texts of each class; 0 for all
-        strategy: "plain" (a new linear head), "prototypes" (class vectors set from names and texts, then trained),
-            "contrastive" (pairs first, then prototypes), "self-training" (a prototypes teacher labels the training
-            texts that were not chosen, and a new model learns from both for `student_epochs`), "prompt" (the words of
-            the class names are predicted at a mask after the text; for a masked language model)
-        judged: whether validation is looked at after every epoch, and the best one kept; None: only where `shots` is 0,
-            since with few labels it would hold more of them than training does
-        training: see `trainer`
+        validate: whether to evaluate on validation after every epoch and keep the best one; None: only where all labels
+            are used, since with few shots validation would hold more labels than training does
+        callbacks: of the Trainer; in self-training, of the student's
 
     Raises ModelError for an unknown strategy, and for self-training without unlabelled texts.
     """
-    if strategy not in fewshot.STRATEGIES:
-        raise ModelError(f"strategy is '{strategy}'; use one of {', '.join(fewshot.STRATEGIES)}.")
-    if strategy == "self-training" and not shots:
+    if recipe.strategy not in fewshot.STRATEGIES:
+        raise ModelError(f"strategy is '{recipe.strategy}'; use one of {', '.join(fewshot.STRATEGIES)}.")
+    if recipe.strategy == "self-training" and not recipe.shots:
         raise ModelError("self-training needs texts without labels: set shots, and the other texts are used as such.")
     started = time.perf_counter()
-    chosen, others = fewshot.choose(splits["train"], shots, seed)
-    precision = training.get("precision", "auto")
+    chosen, others = fewshot.sample_shots(splits["train"], recipe.shots, recipe.seed)
 
-    def fresh() -> tuple[Classifier, PreTrainedTokenizerBase]:
-        machine.seed_everything(seed)
-        made, its_tokenizer = models.load_classifier(model, labels, dropout, HEADS.get(strategy, "cosine"))
-        its_tokenizer.model_max_length = max_length
-        return made, its_tokenizer
+    def fresh() -> Predictor:
+        machine.seed_everything(recipe.seed)
+        head = "linear" if recipe.strategy == "plain" else "cosine"
+        settings = {"dropout": recipe.dropout, "max_length": recipe.max_length, "precision": recipe.precision}
+        return Predictor.pretrained(recipe.model, labels, head=head, **settings)
 
-    classifier, tokenizer = fresh()
-    train = tokenize(chosen, tokenizer, max_length, model)
-    judged = not shots if judged is None else judged
-    validation = None if not judged else tokenize(splits["validation"], tokenizer, max_length, model)
-    if strategy == "contrastive":
-        fewshot.contrast(classifier, tokenizer, chosen["text"], chosen["label"], str(folder), seed, precision=precision)
-    if strategy not in HEADS:
-        fewshot.set_prototypes(classifier, tokenizer, chosen["text"], chosen["label"], precision)
-    teaching = training | ({"callbacks": ()} if strategy == "self-training" else {})  # what is tracked is the student
-    made = trainer(classifier, tokenizer, train, validation, folder, seed=seed, **teaching)
-    outcome = made.train()
-    if strategy == "self-training":
-        logits = models.predict(classifier, tokenizer, others["text"], precision=precision)
-        unlabelled = tokenize(others, tokenizer, max_length, model)
-        train = fewshot.pseudo_labelled(logits, train, unlabelled)
-        classifier, tokenizer = fresh()
+    predictor = fresh()
+    train = tokenize(chosen, predictor.tokenizer, recipe.max_length, recipe.model)
+    validation = None
+    if validate if validate is not None else not recipe.shots:
+        validation = tokenize(splits["validation"], predictor.tokenizer, recipe.max_length, recipe.model)
+    if recipe.strategy == "contrastive":
+        fewshot.train_contrastive(predictor, chosen["text"], chosen["label"], str(folder), recipe.seed)
+    if recipe.strategy != "plain":
+        fewshot.set_prototypes(predictor, chosen["text"], chosen["label"])
+    of_first = () if recipe.strategy == "self-training" else callbacks
+    runner = trainer(predictor, train, validation, folder, recipe, callbacks=of_first, progress=progress)
+    outcome = runner.train()
+    if recipe.strategy == "self-training":  # the model so far is the teacher; a new one learns from its predictions
+        logits = predictor.predict(others["text"])
+        unlabelled = tokenize(others, predictor.tokenizer, recipe.max_length, recipe.model)
+        train = fewshot.with_pseudo_labels(logits, train, unlabelled)
+        predictor = fresh()
         texts, guesses = [*chosen["text"], *others["text"]], [*chosen["label"], *logits.argmax(axis=1)]
-        fewshot.set_prototypes(classifier, tokenizer, texts, guesses, precision)
-        made = trainer(classifier, tokenizer, train, None, folder, seed=seed, **training | {"epochs": student_epochs})
-        outcome = made.train()
-    passed = len(made.train_dataset) * outcome.metrics["epoch"]  # the epochs that were run, not those that were allowed
-    rate = passed / outcome.metrics["train_runtime"]
-    return Learnt(classifier, tokenizer, made, methods.count(classifier), time.perf_counter() - started, rate)
+        fewshot.set_prototypes(predictor, texts, guesses)
+        shorter = replace(recipe, epochs=STUDENT_EPOCHS)
+        runner = trainer(predictor, train, None, folder, shorter, callbacks=callbacks, progress=progress)
+        outcome = runner.train()
+    seen = len(runner.train_dataset) * outcome.metrics["epoch"]  # of the epochs that ran, not of those allowed
+    rate = seen / outcome.metrics["train_runtime"]
+    return Learnt(predictor, runner, methods.count(predictor.model), time.perf_counter() - started, rate)

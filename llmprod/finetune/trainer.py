@@ -1,4 +1,4 @@
-"""Batches by token budget, regularisation losses, the Trainer."""
+"""The Trainer: batches by token budget, regularisation losses, learning rates by layer."""
 
 import hashlib
 import re
@@ -24,14 +24,15 @@ from transformers import (
 
 from llmprod import artifacts
 from llmprod.finetune import methods
+from llmprod.finetune.recipe import Recipe
 from llmprod.machine import device_and_precision
-from llmprod.models import Classifier, ModelError
+from llmprod.models import Classifier, ModelError, Predictor
 
 
 def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, model: str) -> Dataset:
-    """Token numbers of every text, cut at `max_length`, not padded: a batch is padded when it is put together.
+    """Tokenizes every text, cut at `max_length` and not padded: a batch is padded when it is put together.
 
-    The work is done once: it is kept beside the splits, by the checksum of the model whose tokenizer this is.
+    `datasets` keeps the result next to the splits, so that it is computed once for each model (by its checksum).
     """
 
     def cut(batch: dict) -> dict:
@@ -43,11 +44,14 @@ def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int,
 
 
 class TokenBudget(Sampler):
-    """Batches of texts of similar length with about `budget` tokens each: as many of them in every epoch.
+    """Batches of texts of similar length with about `budget` tokens each; every epoch has equally many.
 
-    Texts are sorted by length after a little noise, so that an epoch's batches are not those of the one before; the
-    sorted row is cut where another share of all tokens is full; the batches come in random order. Little is computed
-    on padding, and short texts come in batches large enough to keep the processor busy.
+    Little is computed on padding, and short texts come in batches large enough to keep the processor busy.
+
+    Args:
+        lengths: tokens of each text
+        budget: tokens in a batch
+        seed: of the order of the batches; None for the fixed order of evaluation
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int | None):
@@ -58,22 +62,25 @@ class TokenBudget(Sampler):
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.seed is None:  # the order of evaluation: by length, the same each time
+        if self.seed is None:
             noise, order = np.zeros(len(self.lengths)), range(self.batches)
         else:
             random = np.random.default_rng((self.seed, self.epoch))
             noise, order = random.uniform(0, 2, len(self.lengths)), random.permutation(self.batches)
             self.epoch += 1
+        # noise of up to two tokens and a tenth of the length: otherwise every epoch would have the same batches
         rows = np.argsort(self.lengths * (1 + 0.05 * noise) + noise, kind="stable")
-        share = np.cumsum(self.lengths[rows]) - self.lengths[rows] / 2
-        number = np.minimum((share / self.lengths.sum() * self.batches).astype(int), self.batches - 1)
+        # cut the sorted texts into runs of equally many tokens: a text belongs to the run that holds its middle token
+        middle = np.cumsum(self.lengths[rows]) - self.lengths[rows] / 2
+        number = np.minimum((middle / self.lengths.sum() * self.batches).astype(int), self.batches - 1)
         batches = np.split(rows, np.flatnonzero(np.diff(number)) + 1)
+        # a text longer than a run can leave the next run empty: then there are fewer batches than planned
         yield from (batches[i].tolist() for i in order if i < len(batches))
 
 
 @dataclass
 class Collator(DataCollatorWithPadding):
-    """Pads a batch; in training each text is changed with probability `augment` (see `edit`)."""
+    """Pads a batch; in training each text is edited with probability `augment` (see `edit`)."""
 
     augment: float = 0.0
 
@@ -85,7 +92,7 @@ class Collator(DataCollatorWithPadding):
 
 
 def edit(example: dict, share: float = 0.1) -> dict:
-    """A text with a tenth of its tokens left out and two neighbours swapped, its first and last token kept.
+    """Drops a tenth of the tokens at random and swaps two neighbours; the first and last token stay.
 
     Random deletion and swap of Easy Data Augmentation (Wei & Zou 2019), on tokens.
     """
@@ -102,34 +109,12 @@ def edit(example: dict, share: float = 0.1) -> dict:
 
 
 class Trainer(transformers.Trainer):
-    """The library's Trainer with our batches and learning rates, and the losses against over-fitting.
+    """The library's Trainer with our batches, learning rates by layer and regularisation losses (see `Recipe`)."""
 
-    Args (beside the library's own):
-        batch_tokens: tokens in a batch
-        label_smoothing: share of belief that is spread evenly over the classes (Szegedy et al. 2016)
-        r_drop: weight of the symmetric divergence between two dropout passes (R-Drop, Liang et al. 2021)
-        adversarial: length of a step against the gradient on a text's embeddings; the loss after it is added
-            (FGM, Miyato et al. 2017)
-        contrastive: weight of the supervised contrastive loss on the text vectors (Khosla et al. 2020)
-        layer_decay: factor on the learning rate from each layer to the one below it (Howard & Ruder 2018)
-    """
-
-    def __init__(
-        self,
-        *,
-        batch_tokens: int,
-        label_smoothing: float = 0.0,
-        r_drop: float = 0.0,
-        adversarial: float = 0.0,
-        contrastive: float = 0.0,
-        layer_decay: float = 1.0,
-        **settings: object,
-    ):
+    def __init__(self, recipe: Recipe, **settings: object):
         super().__init__(**settings)
-        self.batch_tokens, self.label_smoothing, self.r_drop = batch_tokens, label_smoothing, r_drop
-        self.adversarial, self.contrastive, self.layer_decay = adversarial, contrastive, layer_decay
-        self.model_accepts_loss_kwargs = False
-        if adversarial:
+        self.recipe, self.model_accepts_loss_kwargs = recipe, False
+        if recipe.adversarial:
             self.embedded, self.shift = None, None
             embeddings = self.model.encoder.get_submodule(embeddings_of(self.model))
             embeddings.register_forward_hook(self.perturb)
@@ -144,13 +129,13 @@ class Trainer(transformers.Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Training batches: another mix in every epoch."""
-        return self.loader(self.train_dataset, self.batch_tokens, self.args.seed, self.data_collator)
+        """Training batches, another mix in every epoch."""
+        return self.loader(self.train_dataset, self.recipe.batch_tokens, self.args.seed, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Validation batches, in length order; labels come with them, so that the order does not matter."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self.loader(dataset, 2 * self.batch_tokens, None, DataCollatorWithPadding(self.processing_class))
+        return self.loader(dataset, 2 * self.recipe.batch_tokens, None, DataCollatorWithPadding(self.processing_class))
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the trained weights: no decay on biases and norms, lower layers slower where asked for."""
@@ -166,7 +151,7 @@ class Trainer(transformers.Trainer):
             [
                 {
                     "params": parameters,
-                    "lr": self.args.learning_rate * self.layer_decay**depth,
+                    "lr": self.args.learning_rate * self.recipe.layer_decay**depth,
                     "weight_decay": self.args.weight_decay if with_decay else 0.0,
                 }
                 for (depth, with_decay), parameters in groups.items()
@@ -176,36 +161,36 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, and what was asked for beside it; in evaluation cross-entropy alone."""
-        labels = inputs["labels"]
+        """Cross-entropy plus the recipe's regularisation losses; in evaluation cross-entropy alone."""
+        recipe, labels = self.recipe, inputs["labels"]
         texts = {name: value for name, value in inputs.items() if name != "labels"}
         if not model.training:
             outputs = model(**texts)
             loss = cross_entropy(outputs.logits.float(), labels)
             return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
-        if self.r_drop:
+        if recipe.r_drop:
             texts = {name: torch.cat([value, value]) for name, value in texts.items()}
             labels = torch.cat([labels, labels])
         outputs = model(**texts)
         logits = outputs.logits.float()
-        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing) + methods.orthogonality(self.model)
-        if self.r_drop:
+        loss = cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing) + methods.orthogonality(self.model)
+        if recipe.r_drop:
             p, q = log_softmax(logits, dim=-1).chunk(2)
             both = kl_div(p, q, log_target=True, reduction="batchmean") + kl_div(
                 q, p, log_target=True, reduction="batchmean"
             )
-            loss = loss + self.r_drop * both / 2
-        if self.contrastive:
-            loss = loss + self.contrastive * supervised_contrastive(outputs.vectors, labels)
+            loss = loss + recipe.r_drop * both / 2
+        if recipe.contrastive:
+            loss = loss + recipe.contrastive * supervised_contrastive(outputs.vectors, labels)
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One forward and backward pass; with FGM a second one, at the embeddings shifted against the loss."""
+        """One forward and backward pass; with FGM a second one, with the embeddings shifted to raise the loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.adversarial:
+        if self.recipe.adversarial:
             gradient = self.embedded.grad
             length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
-            self.shift = self.adversarial * gradient / length
+            self.shift = self.recipe.adversarial * gradient / length
             try:
                 super().training_step(model, inputs, num_items_in_batch)
             finally:
@@ -213,7 +198,7 @@ class Trainer(transformers.Trainer):
         return loss
 
     def perturb(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
-        """Hook behind the embeddings: keeps their gradient in the first pass, shifts them in the second."""
+        """Hook on the embeddings' output: keeps its gradient in the first pass, shifts it in the second."""
         if not (module.training and torch.is_grad_enabled()):
             return None
         if self.shift is not None:
@@ -224,12 +209,12 @@ class Trainer(transformers.Trainer):
 
 
 def embeddings_of(model: Classifier) -> str:
-    """Where the embedding layer stands in the encoder, wrapped by peft or not."""
+    """The name of the embedding layer in the encoder, wrapped by peft or not."""
     return next(name for name, _ in model.encoder.named_modules() if name.split(".")[-1] == "embeddings")
 
 
 def supervised_contrastive(vectors: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Texts of one class should be nearer to each other than to all others of the batch.
+    """Draws texts of one class together and pushes the others of the batch away.
 
     The loss L_out of Khosla et al. (2020), equation 2, over the texts that have another one of their class in the
     batch; 0 where none has.
@@ -269,7 +254,7 @@ class KeepBest(TrainerCallback):
 
 
 def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
-    """What is measured on validation after every epoch."""
+    """Accuracy and macro-F1 on validation, after every epoch."""
     predictions = outputs.predictions.argmax(axis=-1)
     return {
         "accuracy": accuracy_score(outputs.label_ids, predictions),
@@ -278,55 +263,43 @@ def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
 
 
 def trainer(
-    classifier: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
+    predictor: Predictor,
     train: Dataset,
     validation: Dataset | None,
     folder: Path,
+    recipe: Recipe,
     *,
-    seed: int,
-    method: str = "full",
-    epochs: float = 4,
-    patience: int = 2,
-    batch_tokens: int = 2048,
-    learning_rate: float = 2e-4,
-    warmup: float = 0.1,
-    weight_decay: float = 0.01,
-    embeddings: bool = False,
-    label_smoothing: float = 0.0,
-    r_drop: float = 0.0,
-    adversarial: float = 0.0,
-    contrastive: float = 0.0,
-    layer_decay: float = 1.0,
-    augment: float = 0.0,
-    precision: str = "auto",
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> Trainer:
-    """A Trainer that is ready to train a classifier with a method, in place.
+    """Prepares a classifier for the recipe's method, in place, and returns the Trainer that will train it.
 
-    After every epoch it looks at `validation`, stops when accuracy has not risen for `patience` epochs, and keeps the
-    best epoch; where there is no validation set it trains all `epochs`. The other arguments are those of
-    `02_finetune` and of `Trainer`. Raises ModelError for a setting that can have no effect.
+    After every epoch the Trainer evaluates on `validation`, stops early, and at the end keeps the epoch with the best
+    accuracy; without a validation set it trains all epochs.
+
+    Args:
+        train, validation: as `tokenize` returns them
+
+    Raises ModelError for a setting that can have no effect.
     """
-    if r_drop and not classifier.config.hidden_dropout_prob:
+    classifier, tokenizer = predictor.model, predictor.tokenizer
+    if recipe.r_drop and not classifier.config.hidden_dropout_prob:
         raise ModelError("r_drop compares two dropout passes; set dropout above 0, for example 0.1.")
-    device, precision, _ = device_and_precision(precision)
-    judged = validation is not None
-    batches = len(TokenBudget([len(ids) for ids in train["input_ids"]], batch_tokens, None))
-    steps = max(1, round(batches * epochs))
-    methods.prepare(classifier, method, steps, embeddings)
+    device, precision, _ = device_and_precision(recipe.precision)
+    batches = len(TokenBudget([len(ids) for ids in train["input_ids"]], recipe.batch_tokens, None))
+    steps = max(1, round(batches * recipe.epochs))
+    methods.prepare(classifier, recipe.method, steps, recipe.embeddings)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        seed=seed,
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,  # a share, where it is below 1
-        weight_decay=weight_decay,
+        seed=recipe.seed,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=recipe.warmup,  # a share, where it is below 1
+        weight_decay=recipe.weight_decay,
         use_cpu=device.type == "cpu",
         bf16=precision == "bf16",
         optim="adamw_torch_fused",
-        eval_strategy="epoch" if judged else "no",
+        eval_strategy="no" if validation is None else "epoch",
         save_strategy="no",
         metric_for_best_model="accuracy",
         report_to="none",
@@ -335,22 +308,18 @@ def trainer(
         logging_steps=10,
         logging_first_step=True,
     )
-    made = Trainer(
+    stopping = [] if validation is None else [KeepBest(), EarlyStoppingCallback(recipe.patience)]
+    runner = Trainer(
+        recipe,
         model=classifier,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        data_collator=Collator(tokenizer, augment=augment),
+        data_collator=Collator(tokenizer, augment=recipe.augment),
         processing_class=tokenizer,
         compute_metrics=scores,
-        callbacks=[AllocateRanks(), *([KeepBest(), EarlyStoppingCallback(patience)] if judged else []), *callbacks],
-        batch_tokens=batch_tokens,
-        label_smoothing=label_smoothing,
-        r_drop=r_drop,
-        adversarial=adversarial,
-        contrastive=contrastive,
-        layer_decay=layer_decay,
+        callbacks=[AllocateRanks(), *stopping, *callbacks],
     )
     if not progress:
-        made.remove_callback(PrinterCallback)
-    return made
+        runner.remove_callback(PrinterCallback)
+    return runner

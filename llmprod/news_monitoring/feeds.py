@@ -1,5 +1,6 @@
 """RSS and Atom feeds, with guards against what a hostile one sends."""
 
+import codecs
 import io
 import queue
 import re
@@ -9,26 +10,15 @@ import zlib
 from calendar import timegm
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from html.parser import HTMLParser
 from urllib.parse import urljoin
 
 import requests
 
 from llmprod.extras import extra
-from llmprod.news_monitoring.documents import (
-    DAY,
-    HOUR,
-    Clock,
-    Document,
-    NewsError,
-    Source,
-    decoded,
-    document,
-    fingerprint,
-    strip_html,
-)
-
-# Feeds
+from llmprod.news_monitoring.documents import DAY, HOUR, Clock, Document, NewsError, Source, document, fingerprint
 
 
 class _Session(requests.Session):
@@ -36,34 +26,22 @@ class _Session(requests.Session):
         """Feed follows redirects itself, since requests reads the body of a redirect, however large it is."""
 
 
+@dataclass
 class Feed(Source):
     """RSS or Atom at an address.
-
-    Args:
-        interval: seconds between two requests
-        base: after n failures, the next request waits base * 2**n seconds, at most an hour, or as Retry-After says
-        timeout: seconds for connecting and for each read
-        deadline: seconds for the whole answer, and for making sense of it
-        limit: bytes of the answer, uncompressed
-        clock: seconds since 1970
 
     `poll` raises nothing; what went wrong is in cursor["error"] until an answer is good. Entries that can be read
     in a malformed feed are given. A document type that declares entities is refused. An entry is known by its id, else
     its link, else its text; its time is that of publication, else of its change, else now.
     """
 
-    def __init__(
-        self,
-        url: str,
-        interval: float = 60.0,
-        base: float = 30.0,
-        timeout: float = 10.0,
-        deadline: float = 30.0,
-        limit: int = 5_000_000,
-        clock: Clock = time.time,
-    ) -> None:
-        self.name, self.clock, self.interval, self.base = url, clock, interval, base
-        self.timeout, self.deadline, self.limit = timeout, deadline, limit
+    name: str  # its address
+    interval: float = 60.0  # seconds between two requests
+    base: float = 30.0  # after n failures the next request waits base * 2**n s, at most an hour, or as Retry-After says
+    timeout: float = 10.0  # seconds for connecting and for each read
+    deadline: float = 30.0  # seconds for the whole answer, and for parsing it
+    limit: int = 5_000_000  # bytes of the answer, uncompressed
+    clock: Clock = time.time  # seconds since 1970
 
     def poll(self, cursor: dict) -> tuple[list[Document], dict]:
         """Entries that were not there before, and the next cursor."""
@@ -189,3 +167,54 @@ def _explained(error: Exception) -> str:
         if isinstance(error, kinds):
             return words
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+class _Text(HTMLParser):
+    """Collects the text between tags, in `parts`; Beautiful Soup would make ATT of AT&T."""
+
+    INLINE = ("a", "abbr", "b", "code", "em", "font", "i", "small", "span", "strong", "sub", "sup", "u")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.hidden = [], False
+
+    def handle_starttag(self, tag: str, attrs: list = ()) -> None:
+        self.hidden = tag in ("script", "style")
+        self.parts.append("" if tag in self.INLINE else " ")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.handle_starttag("" if tag in ("script", "style") else tag)
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append("" if self.hidden else data)
+
+
+def strip_html(html: str) -> str:
+    """The text of HTML without tags, scripts and styles, with single spaces.
+
+    Text beyond 100,000 characters is left out: the parser of the standard library is quadratic on some input.
+    """
+    parser = _Text()
+    parser.feed(html[:100_000])
+    parser.close()
+    return " ".join("".join(parser.parts).split())
+
+
+def decoded(body: bytes, content_type: str = "") -> str:
+    """The text of an XML document: UTF-8 where it is valid, else as declared, else UTF-8 with Windows-1252 in gaps."""
+    for mark, name in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if body.startswith(mark) or body.startswith("<".encode(name)):
+            return body.decode(name, "replace").removeprefix("\ufeff")
+    with suppress(UnicodeDecodeError):
+        return body.decode("utf-8-sig")
+    # Only these declared names count: Python also knows codecs that take quadratic time or aren't text.
+    names = r"(?:charset|encoding)=[\"']?((?:iso|windows|cp|koi|gb|big5|euc|shift|latin|mac)[\w-]*)"
+    if name := re.search(names, content_type + " " + body[:200].decode("latin-1"), re.IGNORECASE):
+        with suppress(UnicodeDecodeError, LookupError):
+            return body.decode(name[1])
+    return body.decode("utf-8-sig", "windows-1252 in gaps")
+
+
+codecs.register_error(
+    "windows-1252 in gaps", lambda error: (error.object[error.start : error.end].decode("cp1252", "replace"), error.end)
+)

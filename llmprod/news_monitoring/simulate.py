@@ -168,31 +168,27 @@ def candidate_thresholds(quiet: np.ndarray | Evidence, skip: int = 0, number: in
 
 
 def operating_curve(played: Outcomes, documents_per_week: float, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
-    """False alarms against delay: a row for each threshold, with 95 % bootstrap intervals over streams.
+    """False alarms against delay, a row for each threshold.
 
     Columns: `threshold`; `false alarms a week`; `median delay` in documents of the topic, over all surges, of which
-    one that is not detected counts as inf; `detected`, the share of surges; and each of the three with `, low` and
-    `, high`.
+    one that is not detected counts as inf, and its 95 % bootstrap interval (`, low` and `, high`); `detected`, the
+    share of surges.
     """
-    rng, streams, surges = np.random.default_rng(seed), len(played.false), len(played.delays)
-    weights = rng.multinomial(streams, np.full(streams, 1 / streams), resamples)
-    draws, found = rng.integers(0, surges, (resamples, surges)), np.isfinite(played.delays)
-
-    def resampled(summary: Callable, values: np.ndarray) -> np.ndarray:
-        # one threshold at a time, or the drawn values would fill the memory
-        return np.stack([summary(column[draws], axis=1) for column in values.T], axis=1)
-
-    rates = [documents_per_week * played.rates(w) for w in (np.ones(streams), weights.astype(float))]
-    columns = {
-        "false alarms a week": rates,
-        "median delay": (np.median(played.delays, axis=0), resampled(np.median, played.delays)),
-        "detected": (found.mean(axis=0), resampled(np.mean, found)),
-    }
-    table = {"threshold": played.thresholds}
-    for name, (value, drawn) in columns.items():
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0, method="nearest")  # inf can't be interpolated
-        table |= {name: value, f"{name}, low": low, f"{name}, high": high}
-    return pd.DataFrame(table)
+    surges = len(played.delays)
+    draws = np.random.default_rng(seed).integers(0, surges, (resamples, surges))
+    # one threshold at a time, or the drawn delays would fill the memory
+    medians = np.stack([np.median(column[draws], axis=1) for column in played.delays.T], axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975], axis=0, method="nearest")  # inf can't be interpolated
+    return pd.DataFrame(
+        {
+            "threshold": played.thresholds,
+            "false alarms a week": documents_per_week * played.rates(np.ones(len(played.false))),
+            "median delay": np.median(played.delays, axis=0),
+            "median delay, low": low,
+            "median delay, high": high,
+            "detected": np.isfinite(played.delays).mean(axis=0),
+        }
+    )
 
 
 def _lowest(rates: np.ndarray, most: float) -> int:

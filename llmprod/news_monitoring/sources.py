@@ -1,5 +1,6 @@
 """Sources of documents: feeds, files, standard input, replay."""
 
+import json
 import os
 import queue
 import re
@@ -16,17 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import pandas as pd
 
-from llmprod.news_monitoring.documents import (
-    LIMIT,
-    Clock,
-    Document,
-    NewsError,
-    Source,
-    document,
-    fingerprint,
-    from_line,
-    seconds,
-)
+from llmprod.news_monitoring.documents import LIMIT, Clock, Document, NewsError, Source, document, fingerprint, seconds
 from llmprod.news_monitoring.feeds import Feed
 
 
@@ -61,7 +52,16 @@ def whole_lines(file: BinaryIO, last: bool = False) -> Iterator[bytes]:
             yield line
 
 
-# Files, standard input, dated documents
+def from_line(line: bytes, source: str, now: float) -> list[Document]:
+    """The document in one line of JSON, [] for an empty line; NewsError says what is wrong with the line."""
+    if line.isspace():
+        return []
+    try:
+        return [document(json.loads(line.decode("utf-8-sig")), source, now)]
+    except UnicodeDecodeError:
+        raise NewsError("broken UTF-8") from None
+    except (ValueError, RecursionError):
+        raise NewsError("no JSON" if line else f"longer than {LIMIT:,} bytes") from None
 
 
 class Tail(Source):
@@ -189,21 +189,16 @@ class Lines(Source):
 
 
 class Replay(Source):
-    """Dated documents in the order of their times, at a chosen speed.
+    """Dated documents in the order of their times, `batch` of them in one poll.
 
-    Args:
-        frame: the columns text and time (seconds, ISO 8601 or dates) and, if there are any, id, title, link, source
-        speed: seconds of event time in a second; 0: as fast as asked
-        batch: documents in one poll
-        clock: seconds, from which the speed is taken
-
+    `frame` has the columns text and time (seconds, ISO 8601 or dates) and, if there are any, id, title, link, source.
     Rows without text are left out. Raises NewsError for a missing column or a time that can't be read.
     """
 
-    def __init__(self, frame: pd.DataFrame, speed: float = 0, batch: int = 256, clock: Clock = time.monotonic) -> None:
+    def __init__(self, frame: pd.DataFrame, batch: int = 256) -> None:
         if missing := [column for column in ("text", "time") if column not in frame]:
             raise NewsError(f"Replay: no column {', '.join(missing)}; there are {', '.join(map(str, frame.columns))}.")
-        self.speed, self.batch, self.clock, self._start = speed, batch, clock, None
+        self.batch = batch
         columns = [column for column in frame if column in ("id", "text", "time", "title", "link", "source")]
         self.documents = []
         for row in frame[columns].astype(object).to_dict("records"):
@@ -221,11 +216,6 @@ class Replay(Source):
         return cursor.get("position", 0) >= len(self.documents)
 
     def poll(self, cursor: dict) -> tuple[list[Document], dict]:
-        """What is due, at most `batch` documents, and the next cursor; the first one is due at once."""
-        position = cursor.get("position", 0)
-        due = self.documents[position : position + self.batch]
-        if self.speed and due:
-            self._start = self._start or (self.clock(), due[0].time)
-            until = self._start[1] + (self.clock() - self._start[0]) * self.speed
-            due = [document for document in due if document.time <= until]
-        return due, {"position": position + len(due)}
+        """The next documents, and the next cursor."""
+        end = min(cursor.get("position", 0) + self.batch, len(self.documents))
+        return self.documents[cursor.get("position", 0) : end], {"position": end}

@@ -14,23 +14,19 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
 
     Of cold items: what the graph gains beside titles and beside whole texts.
     """
-    machine.set_threads()
-    machine.quiet()
     started, seed, protocol = time.perf_counter(), parameters["seed"], parameters["protocol"]
     catalogue = datasets.load(parameters["dataset"])
     train, test = protocols.split(catalogue.interactions, protocol, seed)
     taken, relevant = catalogues.matrix(train, catalogue.shape), catalogues.matrix(test, catalogue.shape)
     texts = catalogue.items["text"].tolist()
-    text, titles = (
-        scorers.centred(models.embed(parameters["model"], some, parameters["max_length"]))
-        for some in (texts, catalogue.items["title"].tolist())
-    )
+    encoder = models.Predictor.pretrained(parameters["model"], max_length=parameters["max_length"])
+    text, titles = (scorers.centred(encoder.embed(some)) for some in (texts, catalogue.items["title"].tolist()))
     graph = scorers.fact_vectors(catalogue)
     if protocol == "cold":
-        encoder, tokenizer, _ = tower.learn_tower(
+        tuned_encoder, _ = tower.learn_tower(
             texts, taken, parameters["model"], parameters["tower_steps"], seed=seed, progress=False
         )
-        tuned = scorers.centred(tower.encode(encoder, tokenizer, texts))
+        tuned = scorers.centred(tuned_encoder.embed(texts))
         contents = {"titles": titles, "text, zero-shot": text, "text tower": tuned, "graph": graph}
         contents |= {f"{name} + graph": scorers.combined(contents[name], graph) for name in list(contents)[:3]}
         scores = scorers.cold_start(train, catalogue, contents, seed)
@@ -65,8 +61,6 @@ def recommendation(parameters: Mapping[str, object]) -> dict:
 
 def next_item(parameters: Mapping[str, object]) -> dict:
     """A transformer over histories, in their order, beside models that know no order, on the same split."""
-    machine.set_threads()
-    machine.quiet()
     started = time.perf_counter()
     catalogue = datasets.load(parameters["dataset"])
     train, test = protocols.split(catalogue.interactions, parameters["protocol"], parameters["seed"])

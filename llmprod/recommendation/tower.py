@@ -32,7 +32,7 @@ def learn_tower(
     precision: str = "auto",
     seed: int = 0,
     progress: bool = True,
-) -> tuple[models.Classifier, object, list[float]]:
+) -> tuple[models.Predictor, list[float]]:
     """Fine-tunes an encoder so that what a user took lies near what the user takes next; returns it with its losses.
 
     A step encodes some items once. For every user who took at least two of them, each of these is the target in turn:
@@ -43,14 +43,14 @@ def learn_tower(
         texts: of all items
         train: interactions (users, items); items that nobody took are never shown
 
-    Returns encoder, tokenizer, and the loss of each step.
+    Returns the encoder (without a head) and the loss of each step.
     """
-    device, precision, _ = machine.device_and_precision(precision)
+    device, number_format, _ = machine.device_and_precision(precision)
     machine.seed_everything(seed)
-    encoder, tokenizer = models.load_classifier(model, ["none"], dropout=0.0)
+    predictor = models.Predictor.pretrained(model, dropout=0.0, max_length=max_length, precision=precision)
+    encoder, tokenizer = predictor.model, predictor.tokenizer
     encoder.encoder.embeddings.requires_grad_(False)
     encoder.to(device).train()
-    tokenizer.model_max_length = max_length
     parameters = [p for p in encoder.encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     # a tenth of fewer than 11 steps leaves none to warm up in, by which OneCycleLR would divide: they begin one of 11
@@ -60,7 +60,7 @@ def learn_tower(
     for _ in tqdm(range(steps), desc="text tower", leave=False, disable=not progress):
         chosen = random.choice(known, min(items, len(known)), replace=False, p=popularity / popularity.sum())
         batch = tokenizer([texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt")
-        vectors = pooled(encoder, batch, precision)
+        vectors = pooled(encoder, batch, number_format)
         took = torch.from_numpy(train[:, chosen].toarray()).to(device)
         took = took[took.sum(dim=1) > 1]
         users, targets = took.nonzero(as_tuple=True)
@@ -73,10 +73,4 @@ def learn_tower(
         optimizer.zero_grad()
         schedule.step()
         losses.append(float(loss.detach()))
-    return encoder, tokenizer, losses
-
-
-def encode(encoder: models.Classifier, tokenizer: object, texts: Sequence[str], precision: str = "auto") -> np.ndarray:
-    """Vectors of length 1 (texts, dimensions)."""
-    vectors = models.infer(encoder, tokenizer, texts, precision=precision)[1]
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return predictor, losses
