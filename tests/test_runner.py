@@ -48,6 +48,9 @@ def test_parameters_from_the_command_line():
         "dataset": "my file.csv",
         "learning_rate": 1e-4,
     }
+    assert pipeline.parse_parameters("method=full learning_rate=3e-4") == {"method": "full", "learning_rate": 3e-4}
+    with pytest.raises(LLMProdError, match="learning_rate is 'fast', which is not a number"):
+        pipeline.parse_parameters("learning_rate=fast")
     with pytest.raises(LLMProdError, match="epochs"):
         pipeline.parse_parameters("epoch=2")
     with pytest.raises(LLMProdError, match="name=value"):

@@ -57,16 +57,25 @@ def profile(name: str) -> dict[str, dict]:
 
 
 def parse_parameters(text: str) -> dict[str, object]:
-    """`"epochs=2 seed=1"` as a dict; values are read as YAML, so that numbers are numbers."""
-    parsed = {}
+    """`"epochs=2 seed=1"` as a dict; values are read as YAML, so that numbers are numbers.
+
+    YAML reads 3e-4 as a text, so the value of a parameter whose default has a decimal point is read as a number.
+    """
+    parsed, defaults = {}, {name: value for notebook in pipeline() for name, value in declared(notebook).items()}
     for word in shlex.split(text):
         name, equals, value = word.partition("=")
         if not equals:
             raise LLMProdError(f"PARAMS holds '{word}'; write name=value, for example PARAMS=\"epochs=2 seed=1\".")
-        parsed[name] = yaml.safe_load(value)
-    known = set().union(*(declared(notebook) for notebook in pipeline()))
-    if unknown := sorted(set(parsed) - known):
-        raise LLMProdError(f"No notebook has a parameter {', '.join(unknown)}; there are: {', '.join(sorted(known))}.")
+        try:
+            parsed[name] = float(value) if isinstance(defaults.get(name), float) else yaml.safe_load(value)
+        except ValueError:
+            raise LLMProdError(
+                f"PARAMS: {name} is '{value}', which is not a number; {defaults[name]} is one."
+            ) from None
+    if unknown := sorted(set(parsed) - set(defaults)):
+        raise LLMProdError(
+            f"No notebook has a parameter {', '.join(unknown)}; there are: {', '.join(sorted(defaults))}."
+        )
     return parsed
 
 
