@@ -114,20 +114,24 @@ class Scorer:
             "sentiment": [sentiment.CLASSES[k] for k in sentiment.to_class(ratings, *self.config.thresholds)],
             "negative": [round(float(p), 4) for p in self.config.negative(ratings)],
             "length": [len(text.split()) for text in texts],
-            "about": self.about(texts),
+            "about": self.about(texts, ratings),
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def about(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """For each text and each company or currency in it, how probably its sentences on that one are negative."""
+    def about(self, texts: Sequence[str], ratings: Sequence[float]) -> list[dict[str, float]]:
+        """For each text and each company or currency in it, how probably its sentences on that one are negative.
+
+        `ratings` are those of the whole texts, which need not be rated again where a text is one sentence.
+        """
         found, parts = self.finder.find(texts) if self.finder else [[]] * len(texts), []
         for number, (text, named) in enumerate(zip(texts, found, strict=True)):
             companies = [entity for entity in named if entity.kind == "company"]
             said_of = passages.about(text, [*companies, *passages.currencies(text, named)])
             parts += [(number, f"{kind}: {name}", " ".join(said)) for (kind, name), said in said_of.items()]
-        answers = [{} for _ in texts]
-        if parts:
-            ratings = multitask.rate(self.ratings, [said for *_, said in parts])
-            for (number, key, _), probability in zip(parts, self.config.negative(ratings), strict=True):
-                answers[number][key] = round(float(probability), 4)
+        rated = dict(zip(texts, ratings, strict=True))
+        if new := list(dict.fromkeys(said for *_, said in parts if said not in rated)):
+            rated |= zip(new, multitask.rate(self.ratings, new), strict=True)
+        answers: list[dict[str, float]] = [{} for _ in texts]
+        for number, key, said in parts:
+            answers[number][key] = round(float(self.config.negative(rated[said])), 4)
         return answers
