@@ -6,7 +6,7 @@ there is something to learn; a tenth is held out. Text vectors are synthetic too
 and noise in 32 of them, and little noise in all (texts fill few of their dimensions).
 
 Every row is a process of its own; `own MB` is what data and fitting added to the libraries. EASE is
-`recommend.ease`, dense over items². `recommend.item_knn`, `ials` and `bpr` end in scores of users × items, so that
+`scorers.ease`, dense over items². `scorers.item_knn`, `ials` and `bpr` end in scores of users × items, so that
 here the library `implicit` does the same with sparse results (its cosine is not shrunk).
 """
 
@@ -53,7 +53,7 @@ class Task:
 
     def ndcg(self, lists: np.ndarray, note: str = "") -> tuple[str, str]:
         """nDCG@20 of the lists of the judged users, as text, and a note."""
-        return f"nDCG@20 {ranking.per_user(lists, self.test[self.judged])['nDCG'].mean():.3f}", note
+        return f"nDCG@20 {ranking.ranking_metrics(lists, self.test[self.judged])['nDCG'].mean():.3f}", note
 
 
 Worth = Callable[[], tuple[str, str]]  # a fitted model's quality and a note; asked after the clock has stopped
@@ -88,7 +88,7 @@ def prepare(size: dict) -> None:
         save_npz(folder / name, catalogues.matrix(part, shape), compressed=False)
     latent = random.normal(size=(cluster.max() + 1, 32))[cluster] + random.normal(size=(shape[1], 32))
     vectors = latent @ random.normal(size=(32, 384)) + 0.5 * random.normal(size=(shape[1], 384))
-    np.save(folder / "text.npy", scorers.centred(vectors).astype(np.float32))
+    np.save(folder / "text.npy", scorers.center_and_normalize(vectors).astype(np.float32))
 
 
 # Models: each fits, and returns the function that says what it is worth
@@ -97,13 +97,13 @@ def prepare(size: dict) -> None:
 def popularity(task: Task) -> Worth:
     """The same for everybody."""
     count, past = np.asarray(task.train.sum(axis=0)), task.train[task.judged]
-    return lambda: task.ndcg(ranking.top(count.repeat(len(task.judged), axis=0), 20, past))
+    return lambda: task.ndcg(ranking.top_k(count.repeat(len(task.judged), axis=0), 20, past))
 
 
 def ease(task: Task) -> Worth:
     """Closed form, items × items in double precision."""
     weights, past = scorers.ease(task.train), task.train[task.judged]
-    return lambda: task.ndcg(ranking.top(past @ weights, 20, past), f"weights {weights.nbytes / 1e6:.0f} MB, dense")
+    return lambda: task.ndcg(ranking.top_k(past @ weights, 20, past), f"weights {weights.nbytes / 1e6:.0f} MB, dense")
 
 
 def item_knn(task: Task) -> Worth:
@@ -116,13 +116,13 @@ def item_knn(task: Task) -> Worth:
 
 def factorised(kind: Callable, passes: int, settings: dict, task: Task) -> Worth:
     """iALS or BPR, the library's own threads; the factors of iALS stay for the serving."""
-    took, past = [], task.train[task.judged]
+    passed, past = [], task.train[task.judged]
     with threadpool_limits(1, "blas"):
         model = kind(iterations=passes, random_state=task.seed, **settings)
-        model.fit(task.train, show_progress=False, callback=lambda number, seconds, *rest: took.append(seconds))
+        model.fit(task.train, show_progress=False, callback=lambda number, seconds, *rest: passed.append(seconds))
     if kind is AlternatingLeastSquares:
         np.savez(task.folder / "factors.npz", users=model.user_factors, items=model.item_factors)
-    note = f"{passes} passes of {np.mean(took):.2f} s"
+    note = f"{passes} passes of {np.mean(passed):.2f} s"
     return lambda: task.ndcg(model.recommend(task.judged, past, N=20)[0], note)
 
 
@@ -160,22 +160,22 @@ def text(kind: str, task: Task) -> Worth:
 
     def worth() -> tuple[str, str]:
         faiss.omp_set_num_threads(1)
-        shares, took = [], []
+        shares, seconds = [], []
         with threadpool_limits(1, "blas"):
             for user in task.judged:
                 query = profile(task.train[user].indices, vectors)
                 started = time.perf_counter()
                 near = search(query, 100)
-                took.append(time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started)
                 shares.append(np.isin(near, np.argpartition(-(vectors @ query), 100)[:100]).mean())
-        return f"recall@100 {np.mean(shares):.3f}", f"index {size() / 1e6:.0f} MB; a search {spread(took)}"
+        return f"recall@100 {np.mean(shares):.3f}", f"index {size() / 1e6:.0f} MB; a search {spread(seconds)}"
 
     return worth
 
 
 def serving(task: Task) -> Worth:
     """Both stages for one user at a time, on one thread: iALS and text candidates, then the learned ranking."""
-    torch.set_num_threads(1)  # reranker.teach gives LightGBM as many
+    torch.set_num_threads(1)  # reranker.fit_reranker gives LightGBM as many
     factors, vectors = np.load(task.folder / "factors.npz"), np.load(task.folder / "text.npy")
     people, items, (search, _) = factors["users"], factors["items"], search_of("HNSW", vectors)
     faiss.omp_set_num_threads(1)
@@ -205,7 +205,7 @@ def serving(task: Task) -> Worth:
         pairs = zip(task.teachers, taught, strict=True)
         relevance = np.concatenate([task.test[user, chosen].toarray() for user, (chosen, _) in pairs])
         rows = {name: np.concatenate([found[name] for _, found in taught]) for name in taught[0][1]}
-        ranker = reranker.teach([(rows, place.repeat(len(taught), axis=0), relevance)], list(rows), task.seed)
+        ranker = reranker.fit_reranker([(rows, place.repeat(len(taught), axis=0), relevance)], list(rows), task.seed)
 
     def worth() -> tuple[str, str]:
         lists, first, second = [], [], []
@@ -214,7 +214,7 @@ def serving(task: Task) -> Worth:
                 started = time.perf_counter()
                 chosen, found = retrieve(user)
                 first.append(time.perf_counter() - started)
-                lists.append(chosen[ranking.top(ranker.scores(found, place), 20)[0]])
+                lists.append(chosen[ranking.top_k(ranker.scores(found, place), 20)[0]])
                 second.append(time.perf_counter() - started - first[-1])
         both = [sum(parts) for parts in zip(first, second, strict=True)]
         note = f"a user {spread(both)}; candidates and features {spread(first)}; ranking {spread(second)}"
@@ -228,7 +228,7 @@ BPR = {"factors": 64, "learning_rate": 0.01, "regularization": 0.01}
 MODELS: dict[str, tuple[Callable[[Task], Worth], str]] = {  # and what to do where it ends
     "popularity": (popularity, ""),
     "item-KNN": (item_knn, "cap what one user counts: pairs grow with the square of a past"),
-    "EASE": (ease, "the popular items alone, or the weights by blocks of items that are taken together"),
+    "EASE": (ease, "the popular items alone, or the weights by blocks of items that share users"),
     "iALS": (functools.partial(factorised, AlternatingLeastSquares, 15, ALS), "users over machines, or a GPU"),
     "BPR": (functools.partial(factorised, BayesianPersonalizedRanking, 40, BPR), "a sample of a pass, or a GPU"),
     "text, exact": (functools.partial(text, "exact"), "an approximate index"),

@@ -1,4 +1,4 @@
-"""Users, items, interactions and facts: loading, splits."""
+"""Users, items, interactions and facts of a catalogue."""
 
 from dataclasses import dataclass, field
 
@@ -8,17 +8,12 @@ from scipy.sparse import csr_matrix
 
 from llmprod import LLMProdError
 
-DAY = 86400
-
-
+DAY = 86400  # seconds
 FACTS = ["item", "relation", "entity"]
 
 
 class RecommendError(LLMProdError):
     """Interactions or items can't be used as they are."""
-
-
-# Data
 
 
 @dataclass
@@ -28,7 +23,7 @@ class Catalogue:
     interactions: user, item (numbers), rating, time (seconds)
     items: item (as in the source), title, year, genres (words separated by spaces), text
     users: user (as in the source), age, gender, occupation; empty columns where they are not known
-    facts: item (number), relation, entity: what a knowledge graph says of the items, relations that tell most first
+    facts: item (number), relation, entity: facts of a knowledge graph, the most telling relations first
     """
 
     interactions: pd.DataFrame
@@ -42,35 +37,39 @@ class Catalogue:
         return len(self.users), len(self.items)
 
 
-def number(
-    taken: pd.DataFrame, items: pd.DataFrame, users: pd.DataFrame, facts: pd.DataFrame | None = None
+def build(
+    interactions: pd.DataFrame, items: pd.DataFrame, users: pd.DataFrame, facts: pd.DataFrame | None = None
 ) -> Catalogue:
-    """A catalogue whose interactions and facts name users and items by their number; repeats are dropped."""
-    position = {item: i for i, item in enumerate(items["item"])}
-    person = {user: u for u, user in enumerate(users["user"])}
-    taken = taken.assign(user=taken["user"].map(person), item=taken["item"].map(position))
+    """A catalogue from tables with the identifiers of the source, which become numbers; repeats are dropped."""
+    item_number = {item: i for i, item in enumerate(items["item"])}
+    user_number = {user: u for u, user in enumerate(users["user"])}
+    interactions = interactions.assign(
+        user=interactions["user"].map(user_number), item=interactions["item"].map(item_number)
+    )
     facts = pd.DataFrame(columns=FACTS) if facts is None else facts[FACTS]
-    facts = facts.assign(item=facts["item"].map(position)).drop_duplicates().reset_index(drop=True)
-    return Catalogue(taken.drop_duplicates(["user", "item"]).reset_index(drop=True), items, users, facts)
+    facts = facts.assign(item=facts["item"].map(item_number)).drop_duplicates().reset_index(drop=True)
+    return Catalogue(interactions.drop_duplicates(["user", "item"]).reset_index(drop=True), items, users, facts)
 
 
 def subset(catalogue: Catalogue, users: int, seed: int) -> Catalogue:
-    """The catalogue of some random users and what they took; all of it where `users` is 0."""
+    """The catalogue of some random users and the items they interacted with; all of it where `users` is 0."""
     if not 0 < users < len(catalogue.users):
         return catalogue
     some = np.sort(np.random.default_rng(seed).permutation(len(catalogue.users))[:users])
-    taken = catalogue.interactions[catalogue.interactions["user"].isin(some)]
-    kept = np.sort(taken["item"].unique())
-    taken = taken.assign(user=np.searchsorted(some, taken["user"]), item=np.searchsorted(kept, taken["item"]))
+    interactions = catalogue.interactions[catalogue.interactions["user"].isin(some)]
+    kept = np.sort(interactions["item"].unique())
     facts = catalogue.facts[catalogue.facts["item"].isin(kept)]
-    facts = facts.assign(item=np.searchsorted(kept, facts["item"].astype(int))).reset_index(drop=True)
-    items, people = (
-        frame.iloc[rows].reset_index(drop=True) for frame, rows in ((catalogue.items, kept), (catalogue.users, some))
+    return Catalogue(
+        interactions.assign(
+            user=np.searchsorted(some, interactions["user"]), item=np.searchsorted(kept, interactions["item"])
+        ).reset_index(drop=True),
+        catalogue.items.iloc[kept].reset_index(drop=True),
+        catalogue.users.iloc[some].reset_index(drop=True),
+        facts.assign(item=np.searchsorted(kept, facts["item"].astype(int))).reset_index(drop=True),
     )
-    return Catalogue(taken.reset_index(drop=True), items, people, facts)
 
 
 def matrix(interactions: pd.DataFrame, shape: tuple[int, int]) -> csr_matrix:
-    """1 where a user took an item (users, items), sparse."""
+    """Interactions as a sparse matrix (users, items): 1 where a user interacted with an item."""
     ones = np.ones(len(interactions), dtype=np.float32)
     return csr_matrix((ones, (interactions["user"], interactions["item"])), shape=shape)

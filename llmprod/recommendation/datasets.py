@@ -10,9 +10,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from llmprod import artifacts, data
-from llmprod.recommendation.catalogues import FACTS, Catalogue, RecommendError, number
+from llmprod.recommendation.catalogues import FACTS, Catalogue, RecommendError, build
 
-RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: they say how a film was received later
+RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: they follow the interactions
     "film.film.directed_by": "director",
     "film.film.written_by": "writer",
     "film.film.subjects": "subject",
@@ -32,9 +32,9 @@ def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str 
 
     Args:
         dataset: the artifact, or a file of interactions (.csv, .tsv, .jsonl, .parquet) with the columns user, item
-            and, if there are any, rating and time (in seconds)
-        items_file: a table of items with the columns item and text and, if there are any, title, year and genres
-        facts_file: if there is one, a table with the columns item, relation and entity (film 7, director, Ann Hui)
+            and, optionally, rating and time (in seconds)
+        items_file: a table of items with the columns item and text and, optionally, title, year and genres
+        facts_file: optionally, a table with the columns item, relation and entity (film 7, director, Ann Hui)
 
     Raises RecommendError, or data.DataError, naming the file, for what can't be used.
     """
@@ -44,38 +44,26 @@ def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str 
         return movielens(artifacts.fetch(dataset), artifacts.fetch("movielens-titles"))
     if not items_file:
         raise RecommendError(f"{dataset}: set items_file to a table with the columns item and text.")
-    taken = data.read_table(Path(dataset).expanduser(), "utf-8")
-    items = data.read_table(Path(items_file).expanduser(), "utf-8")
-    facts = pd.DataFrame(columns=FACTS)
-    if facts_file:
-        facts = data.read_table(Path(facts_file).expanduser(), "utf-8")
-    for name, frame, needed in (
-        (dataset, taken, ["user", "item"]),
-        (items_file, items, ["item", "text"]),
-        (facts_file, facts, FACTS),
-    ):
-        if missing := [column for column in needed if column not in frame]:
-            raise RecommendError(
-                f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
-            )
-    if items["item"].duplicated().any():
-        raise RecommendError(
-            f"{items_file}: the item '{items['item'][items['item'].duplicated()].iloc[0]}' stands twice."
-        )
-    for name, frame in ((dataset, taken), (facts_file, facts)):
-        unknown = frame.loc[~frame["item"].isin(items["item"]), "item"]
-        if len(unknown):
-            raise RecommendError(
-                f"{name}: {unknown.nunique()} items are not in {items_file} (the first is '{unknown.iloc[0]}')."
-            )
+    interactions, items = read(dataset, ["user", "item"]), read(items_file, ["item", "text"])
+    facts = read(facts_file, FACTS) if facts_file else pd.DataFrame(columns=FACTS)
+    if twice := items.loc[items["item"].duplicated(), "item"].tolist():
+        raise RecommendError(f"{items_file}: the item '{twice[0]}' stands twice.")
+    for name, frame in ((dataset, interactions), (facts_file, facts)):
+        if unknown := frame.loc[~frame["item"].isin(items["item"]), "item"].unique().tolist():
+            raise RecommendError(f"{name}: {len(unknown)} items are not in {items_file} (the first is '{unknown[0]}').")
     items = items.reindex(columns=["item", "title", "year", "genres", "text"])
-    items["title"] = items["title"].fillna(items["text"])
-    items["genres"] = items["genres"].fillna("")
-    users = pd.DataFrame({"user": np.sort(taken["user"].unique())}).reindex(
-        columns=["user", "age", "gender", "occupation"]
-    )
-    taken = taken.reindex(columns=["user", "item", "rating", "time"])
-    return number(taken, items, users, facts)
+    items = items.assign(title=items["title"].fillna(items["text"]), genres=items["genres"].fillna(""))
+    users = pd.DataFrame({"user": np.sort(interactions["user"].unique())})
+    users = users.reindex(columns=["user", "age", "gender", "occupation"])
+    return build(interactions.reindex(columns=["user", "item", "rating", "time"]), items, users, facts)
+
+
+def read(name: str, columns: list[str]) -> pd.DataFrame:
+    """The table in a file; raises RecommendError, naming the file, where it lacks one of the columns."""
+    frame = data.read_table(Path(name).expanduser(), "utf-8")
+    if missing := [column for column in columns if column not in frame]:
+        raise RecommendError(f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
+    return frame
 
 
 def movielens(folder: Path, titles: Path | None = None) -> Catalogue:
@@ -83,8 +71,8 @@ def movielens(folder: Path, titles: Path | None = None) -> Catalogue:
 
     The link file from films to Freebase numbers them as MovieLens-1M does (313 is linked to The Swan Princess, here it
     is Titanic; github.com/RUCAIBox/RecSysDatasets/issues/130). `titles` is a folder with `movies.csv`, which has titles
-    in that numbering; without it the link file is believed, which is wrong and here to be compared. Entities are bare
-    identifiers: who directed is known, but not by name, so that facts are no part of the text.
+    in that numbering; without it the wrong link file is used, for comparison. Entities are bare identifiers without
+    names, so that facts can't be part of the text.
     """
 
     def table(kind: str, *columns: str) -> pd.DataFrame:
@@ -97,16 +85,16 @@ def movielens(folder: Path, titles: Path | None = None) -> Catalogue:
         for title, year, genres in zip(items["title"], items["year"], items["genres"], strict=True)
     ]
     users = table("user", "user", "age", "gender", "occupation", "zip").sort_values("user").reset_index(drop=True)
-    known = items["item"] if titles is None else same_films(items, pd.read_csv(titles / "movies.csv"))
+    known = items["item"] if titles is None else match_films(items, pd.read_csv(titles / "movies.csv"))
     linked = table("link", "item", "entity").set_index("item")["entity"]
-    facts = freebase(table("kg", "head", "relation", "tail"), known.map(linked).set_axis(items["item"]).dropna())
-    return number(table("inter", "user", "item", "rating", "time"), items, users.drop(columns="zip"), facts)
+    facts = freebase_facts(table("kg", "head", "relation", "tail"), known.map(linked).set_axis(items["item"]).dropna())
+    return build(table("inter", "user", "item", "rating", "time"), items, users.drop(columns="zip"), facts)
 
 
-def names(title: str) -> set[str]:
-    """The names of a film in one form: "Postino, Il (Postman, The)" has two, `ilpostino` and `thepostman`.
+def title_variants(title: str) -> set[str]:
+    """Normalised names of a film: "Postino, Il (Postman, The)" has two, `ilpostino` and `thepostman`.
 
-    Without case, accents and punctuation, articles in front; what stands in brackets is a name of its own.
+    Without case, accents and punctuation, articles in front; text in brackets is a name of its own.
     """
     found = set()
     for name in re.split(r"[()]", title):
@@ -116,33 +104,39 @@ def names(title: str) -> set[str]:
     return found - {""}
 
 
-def same_films(items: pd.DataFrame, movies: pd.DataFrame) -> pd.Series:
+def match_films(items: pd.DataFrame, movies: pd.DataFrame) -> pd.Series:
     """The number in `movies` (movieId, title with year) of each item (title, year), empty where it has none.
 
-    The same film has a name in common, and a year that differs by one at most; of several, the nearest year counts.
+    The same film has a name in common, and a year that differs by one at most; of several, the nearest year wins.
     """
     title = movies["title"].str.extract(r"^(?P<title>.*\S)\s*\((?P<year>\d{4})\)\s*$")
-    theirs = movies.assign(name=title["title"].fillna("").map(names), year=pd.to_numeric(title["year"])).explode("name")
-    ours = pd.DataFrame({"item": items.index, "name": items["title"].map(names), "year": items["year"]}).explode("name")
+    theirs = movies.assign(
+        name=title["title"].fillna("").map(title_variants), year=pd.to_numeric(title["year"])
+    ).explode("name")
+    ours = pd.DataFrame(
+        {"item": items.index, "name": items["title"].map(title_variants), "year": items["year"]}
+    ).explode("name")
     pairs = ours.merge(theirs[["movieId", "name", "year"]], on="name", suffixes=("", " there"))
     pairs["apart"] = (pairs["year"] - pairs["year there"]).abs()
     pairs = pairs[pairs["apart"] <= 1].sort_values(["item", "apart", "movieId"]).drop_duplicates("item")
     return pairs.set_index("item")["movieId"].reindex(items.index)
 
 
-def freebase(triples: pd.DataFrame, linked: pd.Series) -> pd.DataFrame:
+def freebase_facts(triples: pd.DataFrame, linked: pd.Series) -> pd.DataFrame:
     """Facts about items from triples (head, relation, tail) and each item's own entity in them.
 
-    Films that are sequels of one another, by whatever way, have the same `series`.
+    Films that are sequels of one another, directly or not, have the same `series`.
     """
     sequels = triples[triples["relation"] == "film.film.sequel"]
     codes, films = pd.factorize(pd.concat([sequels["head"], sequels["tail"]]))
     edges = csr_matrix((np.ones(len(sequels)), codes.reshape(2, -1)), shape=(len(films), len(films)))
     series = connected_components(edges, directed=False)[1]
-    said = pd.DataFrame({"head": films, "relation": "series", "tail": [f"series {number}" for number in series]})
+    sequel_facts = pd.DataFrame(
+        {"head": films, "relation": "series", "tail": [f"series {number}" for number in series]}
+    )
     plain = triples[triples["relation"].isin(RELATIONS)]
-    said = pd.concat([said, plain.assign(relation=plain["relation"].map(RELATIONS))])
-    facts = linked.rename("head").rename_axis("item").reset_index().merge(said, on="head")
+    known = pd.concat([sequel_facts, plain.assign(relation=plain["relation"].map(RELATIONS))])
+    facts = linked.rename("head").rename_axis("item").reset_index().merge(known, on="head")
     facts = facts.rename(columns={"tail": "entity"})
     order = facts["relation"].map({relation: i for i, relation in enumerate(["series", *RELATIONS.values()])})
     return facts.iloc[np.lexsort([facts["item"], order])][FACTS]

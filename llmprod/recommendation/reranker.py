@@ -1,4 +1,4 @@
-"""Second stage: candidates, features, a learned ranking, reasons."""
+"""Second stage: candidates, features, a learned re-ranker over all scores, reasons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,13 @@ from llmprod.extras import extra
 from llmprod.recommendation import ranking
 from llmprod.recommendation.catalogues import FACTS, Catalogue, matrix
 from llmprod.recommendation.protocols import out_of_fold
-from llmprod.recommendation.scorers import by_group, first_stage, genre_shares
+from llmprod.recommendation.scorers import genre_shares, group_popularity, score_items
 
-# Second stage: a learned ranking over all scores and features
+Examples = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]  # features by name, candidates and their relevance
 
 RAW = ("age", "male", "past")  # features of a user: the same for all candidates
 
-
-ABLATION = {  # what the learned ranking is made without: features, by how their names begin
+ABLATION = {  # re-ranker -> the features that it does without, by how their names begin
     "hybrid": (),
     "hybrid without text": ("text",),
     "hybrid without graph": ("graph",),
@@ -31,41 +30,39 @@ ABLATION = {  # what the learned ranking is made without: features, by how their
 
 
 def features(train: pd.DataFrame, catalogue: Catalogue, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All scores, and beside them what is known of users and items: name -> (users, items)."""
-    taken, users, items = matrix(train, catalogue.shape), catalogue.users, catalogue.items
-    past = np.diff(taken.indptr)
+    """All first-stage scores and the properties of users and items: name -> (users, items)."""
+    user_items, users, items = matrix(train, catalogue.shape), catalogue.users, catalogue.items
+    past = np.diff(user_items.indptr)
     year = items["year"].astype(float).fillna(items["year"].astype(float).median()).fillna(0).to_numpy()
     genres = genre_shares(items)
-    mean_year = np.where(past, taken @ year / np.maximum(past, 1), year.mean())
+    mean_year = np.where(past, user_items @ year / np.maximum(past, 1), year.mean())
     age = pd.to_numeric(users["age"], errors="coerce").astype(float)
     found = dict(scores) | {
-        "genre match": (taken @ genres) @ genres.T / np.maximum(past, 1)[:, None],
+        "genre match": (user_items @ genres) @ genres.T / np.maximum(past, 1)[:, None],
         "year": year[None],
         "year distance": np.abs(year[None] - mean_year[:, None]),
+        # as in a training set of 75,000: what a fold saw less of is scaled up
         "past": np.log1p(past / len(train) * 75_000)[:, None],
         "age": age.fillna(0).to_numpy()[:, None],
         "male": users["gender"].eq("M").to_numpy(float)[:, None],
     }
     if users["age"].notna().any():
-        for name, group in (
-            ("age group", pd.cut(age, [0, 20, 27, 35, 45, 120]).astype(str)),
-            ("gender group", users["gender"]),
-            ("occupation group", users["occupation"]),
-        ):
-            found[name] = by_group(taken, group)
+        age_group = pd.cut(age, [0, 20, 27, 35, 45, 120]).astype(str)
+        groups = {"age group": age_group, "gender group": users["gender"], "occupation group": users["occupation"]}
+        found |= {name: group_popularity(user_items, group) for name, group in groups.items()}
     return {name: np.broadcast_to(value, catalogue.shape) for name, value in found.items()}
 
 
-def without(names: Iterable[str], left_out: tuple[str, ...]) -> list[str]:
-    """The features that begin with none of `left_out`, a row of ABLATION."""
-    return [name for name in names if not name.startswith(left_out)]
+def drop_features(names: Iterable[str], prefixes: tuple[str, ...]) -> list[str]:
+    """The names that begin with none of the prefixes, a value of ABLATION."""
+    return [name for name in names if not name.startswith(prefixes)]
 
 
-def stack(found: dict[str, np.ndarray], candidates: np.ndarray) -> np.ndarray:
+def feature_matrix(found: dict[str, np.ndarray], candidates: np.ndarray) -> np.ndarray:
     """The features of each user's candidates (users x candidates, features), float32.
 
-    What differs between candidates is standardised within the user: a first stage that learnt from fewer interactions,
-    as that of a fold, gives scores of another size, and a ranking that was taught on them must not notice.
+    Features that differ between candidates are standardised within the user: first-stage models trained on fewer
+    interactions, as in a fold, give scores of another scale, which the re-ranker must not notice.
     """
     columns = []
     for name, values in found.items():
@@ -76,14 +73,14 @@ def stack(found: dict[str, np.ndarray], candidates: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=-1).astype(np.float32)
 
 
-def retrieve(scores: dict[str, np.ndarray], seen: csr_matrix, k: int) -> np.ndarray:
-    """The candidates of the second stage: the k best by EASE and recent popularity in turn (users, k), none seen."""
+def generate_candidates(scores: dict[str, np.ndarray], seen: csr_matrix, k: int) -> np.ndarray:
+    """The k best unseen items (users, k): two from EASE for each one from recent popularity."""
     ranks = [(-scores[name]).argsort(axis=1).argsort(axis=1) for name in ("EASE", "recent popularity")]
-    return ranking.top(-np.minimum(ranks[0], 2 * ranks[1] + 0.5), k, seen)
+    return ranking.top_k(-np.minimum(ranks[0], 2 * ranks[1] + 0.5), k, seen)
 
 
 @dataclass
-class Ranker:
+class Reranker:
     """LightGBM's LambdaMART (Burges 2010) and the names of its features."""
 
     model: object
@@ -91,7 +88,7 @@ class Ranker:
 
     def scores(self, found: dict[str, np.ndarray], candidates: np.ndarray) -> np.ndarray:
         """Scores of candidates (users, candidates)."""
-        rows = stack({name: found[name] for name in self.names}, candidates)
+        rows = feature_matrix({name: found[name] for name in self.names}, candidates)
         return self.model.predict(rows).reshape(candidates.shape)
 
     def importance(self) -> pd.Series:
@@ -100,25 +97,17 @@ class Ranker:
         return (gain / gain.sum()).sort_values(ascending=False)
 
 
-def teach(examples: Sequence[tuple[dict, np.ndarray, np.ndarray]], names: Sequence[str], seed: int) -> Ranker:
-    """Learns the second stage from examples out of fold.
-
-    Args:
-        examples: (features by name, candidates, relevance of the candidates) of each fold
-        names: the features to use
-
-    Users without a relevant candidate teach nothing and are left out.
-    """
+def fit_reranker(training_set: Sequence[Examples], names: Sequence[str], seed: int) -> Reranker:
+    """Trains LambdaMART on the named features, and on the users with a relevant candidate."""
     with extra("recsys"):
         from lightgbm import LGBMRanker
 
     rows, labels = [], []
-    for found, candidates, relevance in examples:
+    for found, candidates, relevance in training_set:
         some = relevance.any(axis=1)
-        chosen = {name: found[name][some] for name in names}
-        rows.append(stack(chosen, candidates[some]))
+        rows.append(feature_matrix({name: found[name][some] for name in names}, candidates[some]))
         labels.append(relevance[some].ravel())
-    size, labels = examples[0][1].shape[1], np.concatenate(labels)
+    size, labels = training_set[0][1].shape[1], np.concatenate(labels)
     model = LGBMRanker(
         objective="lambdarank",
         lambdarank_truncation_level=20,
@@ -137,42 +126,65 @@ def teach(examples: Sequence[tuple[dict, np.ndarray, np.ndarray]], names: Sequen
         verbose=-1,
     )
     model.fit(np.concatenate(rows), labels, group=[size] * (len(labels) // size))
-    return Ranker(model, list(names))
+    return Reranker(model, list(names))
 
 
-def examples(
+def reranker_training_set(
     train: pd.DataFrame, catalogue: Catalogue, vectors: Mapping, protocol: str, folds: int, k: int, seed: int
-) -> list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
-    """What the second stage is taught: of each fold the features by name, k candidates a user, and their relevance.
+) -> list[Examples]:
+    """Out-of-fold training data for the re-ranker: k candidates a user in each fold.
 
-    The first stage of a fold learns without what is held out there, so that its scores are as good, and no better,
-    than those it will have on new interactions.
+    The first-stage models of a fold don't see the held-out interactions, so that their scores are as good as they will
+    be on new interactions, and no better.
     """
-    found = []
+    examples = []
     for before, after in tqdm(list(out_of_fold(train, protocol, folds, seed)), desc="folds", leave=False):
-        scores = first_stage(before, catalogue, vectors, seed)
-        candidates = retrieve(scores, matrix(before, catalogue.shape), k)
+        scores = score_items(before, catalogue, vectors, seed)
+        candidates = generate_candidates(scores, matrix(before, catalogue.shape), k)
         relevance = np.take_along_axis(matrix(after, catalogue.shape).toarray(), candidates, axis=1)
-        found.append((features(before, catalogue, scores), candidates, relevance))
-    return found
+        examples.append((features(before, catalogue, scores), candidates, relevance))
+    return examples
 
 
-def spread(ranked: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def scatter_scores(scores: np.ndarray, candidates: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Scores of candidates (users, candidates) as scores of all items (users, items); others come last."""
-    everything = np.full(shape, ranked.min() - 1.0)
-    np.put_along_axis(everything, candidates, ranked, axis=1)
+    everything = np.full(shape, scores.min() - 1.0)
+    np.put_along_axis(everything, candidates, scores, axis=1)
     return everything
 
 
-# Reasons
+def rank(
+    train: pd.DataFrame,
+    catalogue: Catalogue,
+    vectors: Mapping,
+    protocol: str,
+    folds: int,
+    k: int,
+    seed: int,
+    ablation: Mapping[str, tuple[str, ...]] = ABLATION,
+) -> tuple[dict[str, np.ndarray], dict[str, Reranker], np.ndarray]:
+    """Both stages: scores of every first-stage model and every re-ranker (users, items), by name.
+
+    Also returns the re-rankers by name, and the candidates (users, k).
+    """
+    scores = score_items(train, catalogue, vectors, seed)
+    training_set = reranker_training_set(train, catalogue, vectors, protocol, folds, k, seed)
+    found, candidates = (
+        features(train, catalogue, scores),
+        generate_candidates(scores, matrix(train, catalogue.shape), k),
+    )
+    rankers = {name: fit_reranker(training_set, drop_features(found, out), seed) for name, out in ablation.items()}
+    for name, ranker in rankers.items():
+        scores[name] = scatter_scores(ranker.scores(found, candidates), candidates, catalogue.shape)
+    return scores, rankers, candidates
 
 
 def reasons(train: pd.DataFrame, catalogue: Catalogue, listed: pd.DataFrame) -> pd.DataFrame:
-    """Why a user is shown an item: a fact that it shares with something that this user liked.
+    """Why a user is shown an item: a fact that it shares with an item that this user liked.
 
-    (user, item, relation, entity, past, rating) for each row of `listed` (user, item) that has a reason: the relation
-    that tells most, then what was rated highest, then the rarest fact. What more than a twentieth of the items share,
-    as a language, is no reason.
+    (user, item, relation, entity, past, rating) for each row of `listed` (user, item) that has a reason: the most
+    telling relation, then the highest rating, then the rarest fact. A fact that more than a twentieth of the items
+    share, such as a language, is not a reason.
     """
     facts = catalogue.facts.astype({"item": int})
     count = facts.groupby(["relation", "entity"])["item"].transform("size")
@@ -184,17 +196,3 @@ def reasons(train: pd.DataFrame, catalogue: Catalogue, listed: pd.DataFrame) -> 
     shared = shared[shared["item"] != shared["past"]].assign(worst=-shared["rating"])
     shared = shared.sort_values(["order", "worst", "count", "past"], kind="stable").drop_duplicates(["user", "item"])
     return listed.merge(shared, on=["user", "item"])[["user", *FACTS, "past", "rating"]]
-
-
-def hold(claims: pd.DataFrame, train: pd.DataFrame, catalogue: Catalogue) -> np.ndarray:
-    """Whether each reason is true: the graph says the fact of both items, and the user gave the other that rating."""
-    said = set(catalogue.facts[FACTS].itertuples(index=False, name=None))
-    gave = set(train[["user", "item", "rating"]].fillna(0).itertuples(index=False, name=None))
-    return np.array(
-        [
-            {(c.item, c.relation, c.entity), (c.past, c.relation, c.entity)} <= said
-            and (c.user, c.past, c.rating) in gave
-            for c in claims.fillna({"rating": 0}).itertuples()
-        ],
-        dtype=bool,
-    )
