@@ -78,9 +78,9 @@ def test_paired_bootstrap_knows_a_real_difference_from_none():
     assert metrics.paired_bootstrap(metrics.accuracy, labels, good, good) == (0, 0, 0)
 
 
-def test_selective_accuracy_by_hand():
+def test_risk_coverage_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.45, 0.55]])
-    table = metrics.selective(np.array([0, 1, 1, 1]), probabilities)  # the third most confident is wrong
+    table = metrics.risk_coverage(np.array([0, 1, 1, 1]), probabilities)  # the third most confident is wrong
     assert table["coverage"].tolist() == [0.25, 0.5, 0.75, 1]
     assert table["accuracy"].tolist() == pytest.approx([1, 1, 2 / 3, 3 / 4])
 
@@ -94,7 +94,7 @@ def test_temperature_finds_what_logits_were_multiplied_with(true):
     assert metrics.temperature(labels, true * logits) == pytest.approx(true, rel=0.05)
 
 
-def test_foreign_scores_are_their_formulas():
+def test_ood_scores_are_their_formulas():
     logits = np.array([[2.0, 0.0], [0.0, 0.0]])
     assert metrics.maximum_softmax(logits) == pytest.approx([-np.exp(2) / (np.exp(2) + 1), -0.5])
     assert metrics.energy(logits) == pytest.approx([-np.log(np.exp(2) + 1), -np.log(2)])
@@ -104,9 +104,9 @@ def test_foreign_scores_are_their_formulas():
     assert near[:2] == pytest.approx([0, 0], abs=0.05) and near[2] == pytest.approx(25, rel=0.1)
 
 
-def test_detection_by_hand():
+def test_ood_metrics_by_hand():
     known, foreign = np.arange(100.0), np.array([98.0, 200.0, 300.0, 50.0])
-    found = metrics.detection(known, foreign)
+    found = metrics.ood_metrics(known, foreign)
     # 98 beats 98 known ones and ties with one, 50 beats 50 and ties with one, the others beat all
     assert found["AUROC"] == pytest.approx((98.5 + 100 + 100 + 50.5) / 400)
     assert found["FPR at 95 %"] == pytest.approx(1 / 4)

@@ -14,12 +14,12 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """The share of right predictions."""
+    """The share of predictions that are right."""
     return float(accuracy_score(labels, predictions))
 
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """The mean over classes of F1 = 2PR / (P + R); a class counts the same whatever its size."""
+    """F1 = 2PR / (P + R) averaged over classes, which count equally whatever their size."""
     return float(f1_score(labels, predictions, average="macro", zero_division=0))
 
 
@@ -32,25 +32,33 @@ def per_class(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> 
 
 
 def bootstrap_interval(
-    metric: Metric,
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    metric: Metric, labels: np.ndarray, predictions: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a metric (Efron & Tibshirani 1993): test texts drawn with replacement."""
-    random = np.random.default_rng(seed)
-    draws = random.integers(0, len(labels), size=(resamples, len(labels)))
-    values = [metric(labels[draw], predictions[draw]) for draw in draws]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    """The 95 % percentile bootstrap interval of a metric: texts drawn with replacement (Efron & Tibshirani 1993)."""
+    draws = np.random.default_rng(seed).integers(0, len(labels), size=(resamples, len(labels)))
+    low, high = np.quantile([metric(labels[draw], predictions[draw]) for draw in draws], [0.025, 0.975])
     return float(low), float(high)
 
 
-def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> pd.DataFrame:
-    """Confidence against accuracy: texts in bins of equal width by the probability of the predicted class.
+def paired_bootstrap(
+    metric: Metric, labels: np.ndarray, one: np.ndarray, other: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The difference `metric(one) - metric(other)` and its 95 % bootstrap interval.
 
-    Returns for every bin that holds a text: `confidence` and `accuracy` (means in the bin) and `share` of all texts.
+    Both models are scored on the same draw, so that texts that are hard for both cancel (Koehn 2004).
+    """
+
+    def difference(labels: np.ndarray, both: np.ndarray) -> float:
+        return metric(labels, both[:, 0]) - metric(labels, both[:, 1])
+
+    both = np.column_stack([one, other])
+    return difference(labels, both), *bootstrap_interval(difference, labels, both, resamples, seed)
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> pd.DataFrame:
+    """The reliability diagram: texts in bins of equal width according to confidence, the predicted class's probability.
+
+    Returns, for every bin that holds a text, its mean `confidence`, its `accuracy`, and its `share` of all texts.
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -60,7 +68,7 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -
 
 
 def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
-    """The mean distance of confidence from accuracy over the bins of `reliability` (Guo et al. 2017)."""
+    """The gap between confidence and accuracy in a bin of `reliability`, averaged over texts (Guo et al. 2017)."""
     table = reliability(labels, probabilities, bins)
     return float((table["share"] * (table["confidence"] - table["accuracy"]).abs()).sum())
 
@@ -76,45 +84,22 @@ def summary(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     }
 
 
-# Two models, and models that may abstain
+def mcnemar(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test: on how many texts only `a` is right, on how many only `b`, and the two-sided p-value.
 
-
-def mcnemar(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
-    """How often only `one` is right, how often only `other` is, and the exact two-sided p-value.
-
-    Under the null hypothesis each of the texts on which one alone is right is a fair coin (McNemar 1947; exact
-    binomial form).
+    Under the null hypothesis each text on which exactly one of them is right is a fair coin (McNemar 1947).
     """
-    only_one = int(((one == labels) & (other != labels)).sum())
-    only_other = int(((one != labels) & (other == labels)).sum())
-    if only_one + only_other == 0:
+    only_a = int(((a == labels) & (b != labels)).sum())
+    only_b = int(((a != labels) & (b == labels)).sum())
+    if only_a + only_b == 0:
         return 0, 0, 1.0
-    return only_one, only_other, float(binomtest(only_one, only_one + only_other).pvalue)
+    return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue)
 
 
-def paired_bootstrap(
-    metric: Metric,
-    labels: np.ndarray,
-    one: np.ndarray,
-    other: np.ndarray,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """The difference `metric(one) - metric(other)` and its percentile interval over the same resampled texts.
+def risk_coverage(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """Selective classification: accuracy (1 - risk) on the most confident texts, one row for each number of texts kept.
 
-    Both models are scored on the same draw, so that texts that are hard for both cancel (Koehn 2004).
-    """
-    draws = np.random.default_rng(seed).integers(0, len(labels), size=(resamples, len(labels)))
-    values = [metric(labels[d], one[d]) - metric(labels[d], other[d]) for d in draws]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return metric(labels, one) - metric(labels, other), float(low), float(high)
-
-
-def selective(labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Accuracy on the most confident texts against their share (coverage), one row for each number of texts kept.
-
-    A model that hands what it is unsure of to a person is this good on the rest (Geifman & El-Yaniv 2017).
+    `coverage` is the share of texts kept (Geifman & El-Yaniv 2017); a person answers the others.
     """
     order = np.argsort(-probabilities.max(axis=1), kind="stable")
     right = (probabilities.argmax(axis=1) == labels)[order]
@@ -133,7 +118,7 @@ def temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
-# Texts from another domain: the higher a score, the more foreign the text
+# Out-of-distribution (OOD) detection: a higher score means more OOD
 
 
 def maximum_softmax(logits: np.ndarray) -> np.ndarray:
@@ -155,15 +140,15 @@ def mahalanobis(vectors: np.ndarray, train_vectors: np.ndarray, train_labels: np
     centres = np.stack([train_vectors[train_labels == c].mean(axis=0) for c in classes])
     within = train_vectors - centres[np.searchsorted(classes, train_labels)]
     precision = LedoitWolf(assume_centered=True).fit(within).precision_
-    apart = vectors[:, None, :] - centres[None]
+    apart = vectors[:, None, :] - centres[None]  # (texts, classes, dimensions)
     return np.einsum("tcd,de,tce->tc", apart, precision, apart, optimize=True).min(axis=1)
 
 
-def detection(known: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
-    """How well a score tells foreign texts: AUROC, and the share of foreign ones missed where 95 % of known pass.
+def ood_metrics(known: np.ndarray, foreign: np.ndarray) -> dict[str, float]:
+    """AUROC of an OOD score, and the false positive rate at 95 % true positives.
 
-    `FPR at 95 %` in the convention of the field: known texts are the positives, so that it is the share of foreign
-    texts that pass as known at the threshold that lets 95 % of the known ones pass.
+    As is usual in the field, known texts are the positives: the rate is the share of foreign texts that pass as known
+    at the threshold that lets 95 % of the known ones pass.
     """
     truth = np.repeat([0, 1], [len(known), len(foreign)])
     threshold = np.quantile(known, 0.95)
