@@ -1,11 +1,11 @@
 """Labelled texts: loading by name or path, cleaning, duplicates, leaks, likely label errors, splitting, the data card.
 
-A table of texts is a pandas frame with the columns `text`, `label` and `split` (train, validation or test). What is
-done to it is recorded as rows of (step, split, removed, why), so that nothing disappears without a word.
+A table of texts is a pandas frame with the columns `text`, `label` and `split` (train, validation or test). Whatever
+is removed from it is counted in a record, by reason and split.
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,6 @@ from tqdm.auto import tqdm
 from llmprod import LLMProdError, artifacts, files
 
 READERS = {".csv": pd.read_csv, ".tsv": pd.read_csv, ".jsonl": pd.read_json, ".parquet": pd.read_parquet}
-
-
 SPLITS = ("train", "validation", "test")
 
 
@@ -37,17 +35,17 @@ def load(
     test_file: str = "",
     encoding: str = "utf-8",
 ) -> pd.DataFrame:
-    """All texts of a data set, as they are, with the columns `text`, `label` and `split`.
+    """All texts of a data set, unchanged, with the columns `text`, `label` and `split`.
 
     Args:
         dataset: an artifact's name (`reuters-r8`), a file (.csv, .tsv, .jsonl, .parquet), or a folder that
             `datasets` saved; a single file is the training split until `split` cuts it
-        text_column, label_column: where text and label stand in a file or folder; artifacts know theirs
+        text_column, label_column: the columns of a file or folder; artifacts know theirs
         id_column: a column whose values must be unique, if there is one
         validation_file, test_file: the other splits, if they are in files of their own
         encoding: of text files
 
-    Raises DataError, naming the file and the way out, for whatever can't be read.
+    Raises DataError, with the file and the way out, for whatever can't be read.
     """
     if dataset in artifacts.registry():
         return load_artifact(dataset)
@@ -128,18 +126,20 @@ def read_saved_dataset(folder: Path) -> dict[str, pd.DataFrame]:
     return frames
 
 
+def require(frame: pd.DataFrame, columns: Sequence[str], name: str, error: type[LLMProdError] = DataError) -> None:
+    """Raises an error, with the table's name and its columns, if it lacks one of `columns`."""
+    if missing := [column for column in columns if column not in frame.columns]:
+        raise error(f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
+
+
 def join_splits(
     frames: dict[str, pd.DataFrame], text_column: str, label_column: str, id_column: str, name: str
 ) -> pd.DataFrame:
     """The splits under one another, with the columns `text`, `label` and `split`."""
     parts = []
     for split, frame in frames.items():
-        for role, column in (("text", text_column), ("label", label_column), ("id", id_column)):
-            if column != "" and column not in frame.columns:
-                raise DataError(
-                    f"{name}: the {split} split has no column '{column}'; it has {', '.join(map(str, frame.columns))}. "
-                    f"Set {role}_column."
-                )
+        columns = [text_column, label_column, id_column] if id_column else [text_column, label_column]
+        require(frame, columns, f"{name}, {split} split (set text_column, label_column, id_column)")
         part = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
         part["id"] = frame[id_column] if id_column else np.arange(len(frame))
         parts.append(part.assign(split=split))
@@ -158,9 +158,7 @@ def join_splits(
 
 
 def clean(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Normal text, and no row without text or label.
-
-    Text becomes Unicode NFC without control characters, with single spaces; labels become strings.
+    """Normalises texts, makes labels strings, and drops rows without text or label.
 
     Returns the clean table and the record of what was removed. Raises DataError where nothing is left.
     """
@@ -182,7 +180,7 @@ def normalise(text: str) -> str:
 
 
 def removals(table: pd.DataFrame, masks: list[tuple[str, pd.Series]]) -> pd.DataFrame:
-    """The record: one row for each reason and split, with the number of rows that the mask takes away."""
+    """The record: one row for each reason and split, with the number of rows that the mask removes."""
     return pd.DataFrame(
         [
             {"reason": reason, "split": split, "rows removed": int(mask[table["split"] == split].sum())}
@@ -193,9 +191,7 @@ def removals(table: pd.DataFrame, masks: list[tuple[str, pd.Series]]) -> pd.Data
 
 
 def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Removes from training what stands there twice, what contradicts itself, and what the test would give away.
-
-    The validation and test splits stay as published, so that figures compare with those of others.
+    """Removes repeats, contradictory labels and leaks from training; validation and test stay as published.
 
     Returns the table without these rows and the record of what was removed.
     """
@@ -251,7 +247,7 @@ def split(
     test_rows: int = 0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Gives the table the splits it lacks, stratified by label, and checks that it can be learnt from.
+    """Adds the splits that the table lacks, stratified by label, and checks the labels (`check_labels`).
 
     A test split is cut from training only where there is none; then `train_rows` and `test_rows` above 0 keep a
     stratified subset; then a validation split is cut from training where there is none. A class with a single
@@ -325,7 +321,7 @@ def save(table: pd.DataFrame, folder: Path, protocol: dict) -> None:
 
 
 def prepared(folder: Path) -> tuple[DatasetDict, list[str], dict]:
-    """What `save` wrote: the splits with `text` and `label` (a class number), the class names, the protocol."""
+    """Reads what `save` wrote: the splits with `text` and `label` (a class number), the class names, the protocol."""
     disable_progress_bars()
     splits = load_from_disk(str(folder))
     return splits, splits["train"].features["label"].names, files.read_json(folder / "protocol.json")

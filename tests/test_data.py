@@ -93,9 +93,9 @@ BAD = {
     "missing test file": ({"d.csv": "text,label\nx,y\n"}, {"test_file": "{}/t.csv"}, "t.csv: there is no such file"),
     "unknown ending": ({"d.xlsx": "x"}, {"dataset": "{}/d.xlsx"}, "files of the kind '.xlsx' can't be read"),
     "empty file": ({"d.csv": ""}, {}, "d.csv: the file is empty"),
-    "wrong text column": ({"d.csv": "body,label\nx,y\n"}, {}, "no column 'text'; it has body, label. Set text_column"),
-    "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "no column 'label'.*Set label_column"),
-    "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "no column 'id'.*Set id_column"),
+    "wrong text column": ({"d.csv": "body,label\nx,y\n"}, {}, "set text_column.*no column text; it has body, label"),
+    "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "set .*label_column.*no column label"),
+    "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "set .*id_column.*no column id"),
     "broken encoding": ({"d.csv": b"text,label\ncaf\xe9,y\n"}, {}, "d.csv: byte .* is not utf-8.*encoding='latin-1'"),
     "unknown encoding": (
         {"d.csv": "text,label\nx,y\n"},

@@ -1,4 +1,4 @@
-"""Active learning: which texts to have labelled next."""
+"""Active learning: which texts to label next."""
 
 import numpy as np
 import pandas as pd
@@ -9,23 +9,23 @@ from llmprod import LLMProdError
 
 
 def uncertain(probabilities: np.ndarray) -> np.ndarray:
-    """How unsure a model is of each text: 1 less the margin of its two likeliest classes (Scheffer et al. 2001)."""
+    """Uncertainty: 1 less the margin between the two most probable classes (Scheffer et al. 2001)."""
     second, first = np.sort(probabilities, axis=1)[:, -2:].T
     return 1 - (first - second)
 
 
 def random_texts(probabilities: np.ndarray, vectors: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """Any texts: what every strategy has to beat."""
+    """Random texts: the baseline of every strategy."""
     return random.choice(len(vectors), size, replace=False)
 
 
 def least_sure(probabilities: np.ndarray, vectors: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """The texts of which the model is least sure."""
+    """Uncertainty sampling: the texts of which the model is least sure."""
     return np.argsort(-uncertain(probabilities), kind="stable")[:size]
 
 
 def diverse(probabilities: np.ndarray, vectors: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """The texts nearest to the centres of `size` clusters: few that resemble each other, whatever the model thinks."""
+    """Diversity sampling: the texts nearest to the centres of `size` clusters."""
     clusters = MiniBatchKMeans(size, random_state=int(random.integers(2**31)), n_init=1).fit(vectors)
     distance = clusters.transform(vectors)
     chosen = np.unique(distance.argmin(axis=0))  # a text can be nearest to two centres
@@ -43,7 +43,7 @@ STRATEGIES = {"random": random_texts, "least sure": least_sure, "diverse": diver
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray) -> LogisticRegression:
-    """The model that is asked: logistic regression on frozen text vectors, refitted in a second after each round."""
+    """Logistic regression on frozen text vectors, which is refitted in a second after each round."""
     return LogisticRegression(C=30, max_iter=1000).fit(vectors, labels)
 
 
@@ -56,7 +56,7 @@ def learning_curve(
     until: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Active learning played through: labels are bought in batches, and the model refitted after each.
+    """Simulates active learning: labels are bought in batches, and the model is refitted after each.
 
     Before there is a model, strategies that look for diversity start with diverse texts, the others with random ones.
 
@@ -85,10 +85,7 @@ def learning_curve(
 
 
 def labels_needed(curve: pd.DataFrame, accuracy: float) -> float:
-    """The number of labels at which a learning curve first reaches an accuracy, between rounds by a straight line.
-
-    NaN where it never does.
-    """
+    """The number of labels at which a curve first reaches an accuracy, linear between rounds; NaN if it never does."""
     reached = np.flatnonzero(curve["accuracy"].to_numpy() >= accuracy)
     if not len(reached):
         return float("nan")

@@ -1,4 +1,4 @@
-"""Drift: does what comes in look like what the model was trained on?"""
+"""Data drift: does the input still look like the training data?"""
 
 import numpy as np
 import pandas as pd
@@ -6,16 +6,14 @@ from scipy.stats import chi2_contingency, false_discovery_control, ks_2samp
 
 from llmprod import LLMProdError
 
-# Drift
-
 
 def drift(reference: pd.DataFrame, current: pd.DataFrame, level: float = 0.05, least: float = 0.1) -> pd.DataFrame:
-    """Whether the input has changed: one test for each column that both tables share, documents in rows.
+    """Tests for data drift: one for each column that both tables share, documents in rows.
 
-    Numbers: Kolmogorov and Smirnov's test; the effect is its largest distance of the distributions (0 to 1). All else:
-    chi², where values that fewer than 10 documents have are one; the effect is Cramér's V (0 to 1). `drifted` needs an
-    effect of at least `least`, because with many documents everything is significant, and a false discovery rate
-    (Benjamini & Hochberg 1995) of at most `level` over all columns.
+    Numbers: Kolmogorov and Smirnov's test, whose effect is the largest distance between the distributions (0 to 1).
+    Other columns: chi², with the values of fewer than 10 documents joined into one; the effect is Cramér's V (0 to 1).
+    `drifted` needs an effect of at least `least`, because with many documents everything is significant, and a false
+    discovery rate (Benjamini & Hochberg 1995) of at most `level` over all columns.
 
     Returns test, effect, p, `adjusted p` and drifted, by column. Raises LLMProdError where there is nothing to compare.
     """

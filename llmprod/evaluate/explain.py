@@ -1,4 +1,4 @@
-"""Attributions, and their faithfulness."""
+"""Explanations: token attributions and their faithfulness."""
 
 import html
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from captum.attr import LayerIntegratedGradients
+from scipy.special import softmax
 
 from llmprod.models import Predictor
 
@@ -17,8 +18,8 @@ def attribute(predictor: Predictor, text: str, target: int, steps: int = 32) -> 
     The path runs from [PAD] in every place (first and last token kept) to the text, in `steps` steps; the attribution
     of a token is the sum over its dimensions.
 
-    Returns the tokens without the first and last, their attributions, and the completeness error: by how much all
-    attributions together miss the difference of the logit between both ends.
+    Returns the tokens without the first and last, their attributions, and the completeness error: the sum of all
+    attributions less the difference in the logit between both ends of the path.
     """
     classifier, tokenizer = predictor.model.to(predictor.device).eval(), predictor.tokenizer
     ids = tokenizer(text, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")["input_ids"]
@@ -39,7 +40,7 @@ def attribute(predictor: Predictor, text: str, target: int, steps: int = 32) -> 
 
 
 def coloured(tokens: Sequence[str], scores: np.ndarray) -> str:
-    """The text as HTML: blue speaks for the class, orange against it, white does not matter."""
+    """The text as HTML: blue tokens speak for the class, orange ones against it, white ones do not matter."""
     largest = np.abs(scores).max() or 1.0
     parts = []
     for token, score in zip(tokens, scores, strict=True):
@@ -74,8 +75,7 @@ def faithfulness(
         whole.append(join(list(words)))
         without.append(join([w for i, w in enumerate(words) if i not in top]))
         only.append(join([w for i, w in enumerate(words) if i in top]))
-    logits = replace(predictor, precision="fp32").predict([*whole, *without, *only]).astype(float)
-    logits -= logits.max(axis=1, keepdims=True)
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    logits = replace(predictor, precision="fp32").predict([*whole, *without, *only])
+    probabilities = softmax(logits.astype(float), axis=1)
     full, removed, kept = (p[np.arange(len(targets)), targets] for p in np.split(probabilities, 3))
     return full - removed, full - kept

@@ -9,17 +9,12 @@ from tqdm.auto import tqdm
 
 Change = Callable[[str, float, np.random.Generator], str]
 
-
-NEIGHBOURS = {  # keys beside each other on a QWERTY keyboard
+NEIGHBOURS = {  # keys next to each other on a QWERTY keyboard
     key: row[max(0, i - 1) : i] + row[i + 1 : i + 2]
     for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
     for i, key in enumerate(row)
 }
-
-
 LOOKALIKES = str.maketrans("aceiopxyABCEHKMOPTX", "асеіорхуАВСЕНКМОРТХ")  # Cyrillic letters that look like Latin ones
-
-
 SYNONYM_PAIRS = """
 said:stated rise:increase rose:increased fell:declined fall:decline up:higher down:lower buy:purchase bought:purchased
 sell:dispose sold:disposed company:firm profit:earnings loss:deficit quarter:trimester shares:equities stock:equity
@@ -30,28 +25,12 @@ end:finish many:numerous more:additional new:fresh old:former because:since also
 plans:intends sales:turnover bank:lender trade:commerce official:officer analyst:observer wrong:incorrect
 transfer:remittance payment:remittance fee:charge cash:notes lost:missing stolen:taken
 """  # written for this project: words common in news and requests, and one that can stand for each
-
-
 SYNONYMS = dict(pair.split(":") for pair in SYNONYM_PAIRS.split())
-
-
-NEGATIONS = {
-    "is": "is not",
-    "was": "was not",
-    "are": "are not",
-    "were": "were not",
-    "will": "will not",
-    "has": "has not",
-    "can": "can not",
-    "would": "would not",
-    "have": "have not",
-    "do": "do not",
-    "did": "did not",
-}
+AUXILIARIES = ("is", "was", "are", "were", "will", "has", "can", "would", "have", "do", "did")
 
 
 def typos(text: str, strength: float, random: np.random.Generator) -> str:
-    """In `strength` of the words of four letters or more: one letter swapped, dropped, doubled or hit beside."""
+    """In `strength` of the words of four letters or more: one letter swapped, dropped, doubled or mistyped."""
 
     def slip(word: str) -> str:
         if len(word) < 4 or not word.isalpha() or random.random() >= strength:
@@ -81,15 +60,15 @@ def punctuation(text: str, strength: float, random: np.random.Generator) -> str:
 
 
 def negation(text: str, strength: float, random: np.random.Generator) -> str:
-    """`strength` of the auxiliary verbs negated; what a text is about stays the same."""
+    """`strength` of the auxiliary verbs negated; the topic stays the same."""
     return " ".join(
-        NEGATIONS[word.lower()] if word.lower() in NEGATIONS and random.random() < strength else word
+        f"{word.lower()} not" if word.lower() in AUXILIARIES and random.random() < strength else word
         for word in text.split()
     )
 
 
 def synonyms(text: str, strength: float, random: np.random.Generator) -> str:
-    """`strength` of the words that are in our list replaced by another that can stand for them."""
+    """`strength` of the words that are in `SYNONYMS` replaced."""
     return re.sub(
         r"[A-Za-z]+",
         lambda m: SYNONYMS[m[0].lower()] if m[0].lower() in SYNONYMS and random.random() < strength else m[0],
@@ -125,7 +104,7 @@ CHANGES: dict[str, Change] = {
 
 
 def perturb(texts: Sequence[str], change: str, strength: float, seed: int) -> list[str]:
-    """Every text with one kind of change at a strength from 0 (as it was) to 1; equal for equal seeds."""
+    """Applies one change of `CHANGES` to every text, at a strength from 0 (none) to 1; deterministic in the seed."""
     random = np.random.default_rng(seed)
     return [CHANGES[change](text, strength, random) if strength else text for text in texts]
 
@@ -137,10 +116,9 @@ def robustness_curve(
     strengths: Sequence[float],
     seed: int,
 ) -> pd.DataFrame:
-    """Accuracy on perturbed texts: a row for each kind of change, a column for each strength.
+    """Accuracy on perturbed texts: a row for each change, a column for each strength.
 
-    Args:
-        predict_fn: texts -> predicted classes
+    `predict_fn` gives the predicted classes of texts.
     """
     texts, labels, rows = list(texts), np.asarray(labels), {}
 
@@ -155,7 +133,7 @@ def robustness_curve(
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(strengths))
 
 
-# Who or where a text is about should not change what it is about. Sentences and lists were written for this project.
+# A name or place should not change the topic. Sentences and lists were written for this project.
 TEMPLATES = [
     "{name} said {pronoun} would buy more shares of the {place} bank this year",
     "the company named {name} of {place} as its new chairman, and {pronoun} will join in april",
@@ -164,8 +142,6 @@ TEMPLATES = [
     "{pronoun} said the wheat harvest near {place} was the best that {name} had seen",
     "exports from {place} fell, said {name}, and {pronoun} blamed the new tariff",
 ]
-
-
 GROUPS = {
     "name": {
         "female, English": ["Mary Smith", "Emma Johnson"],
@@ -186,7 +162,7 @@ GROUPS = {
 
 
 def name_swap_texts() -> list[dict[str, str]]:
-    """Every template with every name and place: `template`, `group of names`, `group of places`, `text`."""
+    """Counterfactual texts: every template with every name and place, and the groups that these belong to."""
     return [
         {
             "template": template,

@@ -1,4 +1,4 @@
-"""What a run of a fine-tuning study does: train, then score."""
+"""The runs of the fine-tuning studies: train, then score."""
 
 import tempfile
 import time
@@ -15,11 +15,11 @@ from llmprod.extras import extra
 from llmprod.finetune import fewshot, learn, methods
 from llmprod.finetune.recipe import Recipe
 
-STRENGTH = 0.3  # of the changes by which robustness is compared
+STRENGTH = 0.3  # of the text perturbations
 
 
 def finetuning(parameters: Mapping[str, object]) -> dict:
-    """One run of `learn.learn` and its scores on a split: the test split unless settings are being chosen."""
+    """One run of `learn.learn` and its scores on a split: test, or validation where settings are chosen."""
     splits, labels, _ = data.prepared(Path(parameters["splits"]))
     return fitted(splits, labels, parameters)
 
@@ -39,9 +39,9 @@ def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, 
     scores = metrics.summary(y, softmax(logits.astype(float), axis=1))
     if parameters["robust_texts"]:
         some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
-        texts = [texts[i] for i in some]
+        subset = [texts[i] for i in some]
         curve = robust.robustness_curve(
-            lambda changed: predictor.predict(changed).argmax(axis=1), texts, y[some], [0, STRENGTH], seed=0
+            lambda changed: predictor.predict(changed).argmax(axis=1), subset, y[some], [0, STRENGTH], seed=0
         )
         scores |= {"unchanged": float(curve[0].iloc[0]), **curve[STRENGTH]}
     return {
@@ -67,16 +67,9 @@ def setfit_library(parameters: Mapping[str, object]) -> dict:
     model = SetFitModel.from_pretrained(str(models.model_folder(parameters["model"])))
     model.model_body.max_seq_length = parameters["max_length"]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            batch_size=32,
-            num_epochs=1,
-            num_iterations=parameters["pairs"],
-            seed=parameters["seed"],
-            show_progress_bar=False,
-            save_strategy="no",
-            report_to="none",
-        )
+        settings = {"batch_size": 32, "num_iterations": parameters["pairs"], "seed": parameters["seed"]}
+        quiet = {"show_progress_bar": False, "save_strategy": "no", "report_to": "none"}
+        arguments = TrainingArguments(folder, num_epochs=1, **settings, **quiet)
         train = Dataset.from_dict({"text": list(chosen["text"]), "label": list(chosen["label"])})
         Trainer(model=model, args=arguments, train_dataset=train).train()
     seconds = time.perf_counter() - started
@@ -98,15 +91,12 @@ def class_names(parameters: Mapping[str, object]) -> dict:
 
 
 def active_learning(parameters: Mapping[str, object]) -> dict:
-    """Labels bought by one acquisition strategy until 12 % of the texts have one, on frozen text vectors."""
+    """Active learning with one acquisition strategy, until 12 % of the texts are labelled, on frozen text vectors."""
     splits, _, _ = data.prepared(Path(parameters["splits"]))
-    kept = (
-        Path(parameters["splits"]).parents[2]
-        / f"vectors-{artifacts.checksum(parameters['model'])}-{parameters['max_length']}"
-    )
+    folder, model = Path(parameters["splits"]).parents[2], artifacts.checksum(parameters["model"])
 
     def vectors(name: str) -> np.ndarray:
-        path = kept.with_name(f"{kept.name}-{name}.npy")
+        path = folder / f"vectors-{model}-{parameters['max_length']}-{name}.npy"
         if not path.exists():
             encoder = models.Predictor.pretrained(parameters["model"], max_length=parameters["max_length"])
             np.save(path, encoder.embed(list(splits[name]["text"])))

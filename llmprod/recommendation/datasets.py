@@ -61,8 +61,7 @@ def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str 
 def read(name: str, columns: list[str]) -> pd.DataFrame:
     """The table in a file; raises RecommendError, naming the file, where it lacks one of the columns."""
     frame = data.read_table(Path(name).expanduser(), "utf-8")
-    if missing := [column for column in columns if column not in frame]:
-        raise RecommendError(f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
+    data.require(frame, columns, name, RecommendError)
     return frame
 
 
