@@ -30,10 +30,7 @@ class ModelError(LLMProdError):
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model: a registered artifact (fetched if need be) or a local folder with safetensors.
-
-    Raises ModelError where it is neither.
-    """
+    """The folder of a registered model (fetched if need be) or a local one; raises ModelError if it is neither."""
     if model in artifacts.registry():
         if artifacts.entry(model)["kind"] != "model":
             raise ModelError(f"The artifact '{model}' is data, not a model; models are: {', '.join(names())}.")
@@ -64,10 +61,9 @@ class Outputs(ModelOutput):
 class Classifier(PreTrainedModel):
     """A pretrained encoder, the mean of its token vectors, dropout, and a head with one vector for each class.
 
-    Sentence encoders were trained with mean pooling (Reimers & Gurevych 2019); the library's usual classification
-    model reads the first token through a layer that they never used, and learns more slowly. The head
-    (`config.head`) is "linear", or "cosine": the cosine of text and class vector times `COSINE_SCALE`. The class
-    vectors of a cosine head can be set before any training, to the mean of their texts or to the vector of their name.
+    Sentence encoders were trained with mean pooling (Reimers & Gurevych 2019); the library's classification model reads
+    the first token through a layer that they never used, and learns more slowly. The head (`config.head`) is "linear",
+    or "cosine": the cosine of text and class vector times `COSINE_SCALE`, whose vectors can be set to prototypes.
     """
 
     base_model_prefix = "encoder"
@@ -125,14 +121,14 @@ class Adapter(torch.nn.Module):
 
 
 def add_adapters(encoder: PreTrainedModel, size: int) -> None:
-    """Puts an adapter after the attention and after the feed-forward block of every layer of a BERT-like encoder."""
+    """Adds an adapter after the attention and the feed-forward block of every layer of a BERT-like encoder."""
     for layer in encoder.encoder.layer:
         for block in (layer.attention.output, layer.output):
             block.dense = torch.nn.Sequential(block.dense, Adapter(block.dense.out_features, size))
 
 
 def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Averages token vectors (texts, tokens, dimensions) over the tokens that are not padding, in float32."""
+    """Mean pooling: averages token vectors (texts, tokens, dimensions) over the tokens that are not padding."""
     mask = attention_mask.unsqueeze(-1)
     return (hidden.float() * mask).sum(1) / mask.sum(1)
 

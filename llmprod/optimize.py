@@ -21,17 +21,16 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def storage(folder: Path, *of: object) -> Path:
-    """The file that holds the trials of one search: another one where anything differs that a trial's score depends on.
+    """The file that holds the trials of one search: its name depends on all of `of`.
 
-    Args:
-        of: parameters, checksums, and functions, which count with their source
+    These are parameters and checksums, and functions, which count with their source.
     """
     parts = [inspect.getsource(part) if callable(part) else json.dumps(part, sort_keys=True) for part in of]
     return folder / f"search-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}.db"
 
 
 class Prune(TrainerCallback):
-    """Tells a trial the validation accuracy after every epoch, and stops training where the trial has fallen behind."""
+    """Reports the validation accuracy to a trial after every epoch, and stops training where it should be pruned."""
 
     def __init__(self, trial: optuna.Trial):
         self.trial, self.behind = trial, False
@@ -50,7 +49,7 @@ def search(
     seed: int,
     first: dict[str, object] | None = None,
 ) -> optuna.Study:
-    """Maximises an objective over `trials` finished trials, counting those that an earlier, killed run finished.
+    """Maximises an objective over `trials` finished trials, which include those of an earlier, interrupted run.
 
     Tree-structured Parzen estimator with median pruning (Bergstra et al. 2011; Akiba et al. 2019).
 
@@ -58,7 +57,7 @@ def search(
         objective: takes a trial, asks it for values, returns a score; raises `optuna.TrialPruned` to give up
         storage: the SQLite file that holds the trials
         seed: of the sampler; two uninterrupted searches are equal
-        first: values to be tried first, for example those in use today
+        first: values of the first trial, for example those in use
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +79,14 @@ def search(
     return study
 
 
-# Smaller numbers: a classifier's matrix products in 8-bit integers
+# Quantisation: matrix products in 8-bit integers
 
 
 class Int8Classifier(torch.nn.Module):
     """A classifier of `models` whose matrix products ONNX Runtime computes in 8-bit integers, on the processor.
 
-    A `models.Predictor` uses it like a `models.Classifier`. The numbers that go into a product share one scale in the
-    whole batch, so that a text's logits depend a little on the other texts of its batch.
+    A `models.Predictor` uses it like a `models.Classifier`. The activations of a batch share one scale, so that the
+    logits of a text depend a little on the other texts of its batch.
     """
 
     def __init__(self, file: Path, config: object):

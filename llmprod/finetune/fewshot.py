@@ -31,10 +31,10 @@ def sample_shots(train: Dataset, shots: int, seed: int) -> tuple[Dataset, Datase
 
 
 def set_prototypes(predictor: Predictor, texts: Sequence[str], labels: Sequence[int]) -> None:
-    """Sets each class's vector in a cosine head to the sum of its name's vector and the mean of its texts' vectors.
+    """Sets the class vectors of a cosine head to prototypes (Snell et al. 2017): name plus mean of the texts.
 
-    Each is scaled to length 1 before they are added (prototypes as in Snell et al. 2017). With no texts at all this is
-    the zero-shot classifier: the class whose name is nearest. Raises ModelError for a head that is not "cosine".
+    Both vectors have length 1 before they are added. With no texts this is the zero-shot classifier, the class whose
+    name is nearest. Raises ModelError for a head that is not "cosine".
     """
     model = predictor.model
     if model.config.head != "cosine":

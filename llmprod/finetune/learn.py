@@ -1,4 +1,4 @@
-"""Fine-tuning with any method and strategy."""
+"""Fine-tunes a pretrained model with any method and few-shot strategy."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ STUDENT_EPOCHS = 2  # in self-training
 class Learnt:
     """The result of `learn`."""
 
-    predictor: Predictor  # on its device
+    predictor: Predictor
     trainer: Trainer
     trained_parameters: int
     seconds: float

@@ -1,4 +1,4 @@
-"""The training loop of models that are not trained by the library's Trainer."""
+"""The training loop of models that the library's Trainer does not train."""
 
 from collections.abc import Callable, Iterable
 
@@ -22,11 +22,11 @@ def train(
     The learning rate rises over the first tenth of the steps and then falls linearly to 0.
 
     Args:
-        batches: yields at least `steps` batches, whatever `loss` takes
-        loss: gives the loss of a batch
-        learning_rate: the highest
-        progress: the title of the progress bar; none where it is empty
-        log: is told each batch, its loss and the number of the step
+        batches: yields at least `steps` batches
+        loss: the loss of a batch
+        learning_rate: its maximum
+        progress: the title of the progress bar; "" for none
+        log: is called with each batch, its loss and the number of the step
 
     Returns the loss of each step.
     """

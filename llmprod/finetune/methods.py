@@ -42,21 +42,10 @@ def lora(classifier: Classifier, steps: int, embeddings: bool) -> None:
 
 
 def adalora(classifier: Classifier, steps: int, embeddings: bool) -> None:
-    """W + P diag(λ) Q: starts with rank 12, and takes ranks away where they matter least, down to 8 on average
-    (Zhang et al. 2023); `AllocateRanks` calls the re-allocation at every step."""
-    wrap(
-        classifier,
-        AdaLoraConfig(
-            init_r=12,
-            target_r=8,
-            lora_alpha=32,
-            tinit=steps // 10,
-            tfinal=steps // 3,
-            deltaT=max(1, steps // 100),
-            total_step=steps,
-            target_modules=LINEAR,
-        ),
-    )
+    """W + P diag(λ) Q: starts with rank 12 and prunes the least important ranks to 8 on average (Zhang et al. 2023)."""
+    ranks = {"init_r": 12, "target_r": 8, "lora_alpha": 32, "target_modules": LINEAR}
+    schedule = {"tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 100), "total_step": steps}
+    wrap(classifier, AdaLoraConfig(**ranks, **schedule))
 
 
 def ia3(classifier: Classifier, steps: int, embeddings: bool) -> None:
@@ -81,14 +70,10 @@ def wrap(classifier: Classifier, config: object) -> None:
 
 
 def prepare(classifier: Classifier, method: str, steps: int, embeddings: bool = False) -> None:
-    """Makes the classifier ready for a method, in place; the head is always trained.
+    """Prepares the classifier for a method of `METHODS`, in place; the head is always trained.
 
-    Args:
-        method: a name in `METHODS`
-        steps: how many training steps there will be (AdaLoRA plans its ranks by it)
-        embeddings: whether `full` trains the token embeddings too
-
-    Raises ModelError for an unknown method.
+    `steps` is the number of training steps, according to which AdaLoRA plans its ranks; `embeddings` says whether
+    `full` trains the token embeddings too. Raises ModelError for an unknown method.
     """
     if method not in METHODS:
         raise ModelError(f"method is '{method}'; use one of {', '.join(METHODS)}.")
@@ -102,9 +87,9 @@ def count(classifier: Classifier) -> int:
 
 
 def merge(classifier: Classifier) -> None:
-    """Adds LoRA, AdaLoRA and IA³ into the weights, in place, so that inference costs what it cost before.
+    """Merges LoRA, AdaLoRA and IA³ into the weights, in place, so that they cost nothing at inference.
 
-    A prefix and an adapter have no such form and stay as they are.
+    A prefix or an adapter can't be merged and stays as it is.
     """
     encoder = classifier.encoder
     if isinstance(encoder, PeftModel) and not encoder.active_peft_config.is_prompt_learning:
@@ -112,12 +97,12 @@ def merge(classifier: Classifier) -> None:
 
 
 def trained_state(classifier: Classifier) -> dict[str, torch.Tensor]:
-    """The weights that were trained, and only they: what a checkpoint of this task has to hold beside the base."""
+    """The trained weights alone: what a checkpoint of this task must hold in addition to the base model."""
     return {name: p.detach().clone() for name, p in classifier.named_parameters() if p.requires_grad}
 
 
 def allocate_ranks(classifier: Classifier, step: int) -> None:
-    """AdaLoRA's re-allocation, between the backward pass and `zero_grad` of every step; nothing for other methods."""
+    """AdaLoRA's rank re-allocation, between the backward pass and `zero_grad`; does nothing for other methods."""
     encoder = classifier.encoder
     if isinstance(encoder, PeftModel) and isinstance(encoder.active_peft_config, AdaLoraConfig):
         encoder.base_model.update_and_allocate(step)
@@ -137,7 +122,7 @@ def orthogonality(classifier: Classifier) -> torch.Tensor | float:
 
 
 def ranks(classifier: Classifier) -> pd.DataFrame:
-    """The rank that AdaLoRA holds now, of each matrix (columns) in each layer (rows)."""
+    """AdaLoRA's current rank of each matrix (columns) in each layer (rows); empty for other methods."""
     rows = {}
     for name, parameter in classifier.encoder.named_parameters():
         if found := re.search(r"layer\.(\d+)\.(.+)\.lora_E\.", name):

@@ -30,9 +30,9 @@ from llmprod.models import Classifier, ModelError, Predictor
 
 
 def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, model: str) -> Dataset:
-    """Tokenizes every text, cut at `max_length` and not padded: a batch is padded when it is put together.
+    """Tokenizes every text, cut at `max_length` and not padded, which is left to the batch.
 
-    `datasets` keeps the result next to the splits, so that it is computed once for each model (by its checksum).
+    `datasets` caches the result next to the splits, once for each model (by its checksum).
     """
 
     def cut(batch: dict) -> dict:
@@ -46,7 +46,7 @@ def tokenize(part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int,
 class TokenBudget(Sampler):
     """Batches of texts of similar length with about `budget` tokens each; every epoch has equally many.
 
-    Little is computed on padding, and short texts come in batches large enough to keep the processor busy.
+    So little is computed on padding, and batches of short texts are large enough to keep the processor busy.
 
     Args:
         lengths: tokens of each text
@@ -214,13 +214,13 @@ def embeddings_of(model: Classifier) -> str:
 
 
 def supervised_contrastive(vectors: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Draws texts of one class together and pushes the others of the batch away.
+    """The supervised contrastive loss L_out (Khosla et al. 2020, equation 2): pulls the vectors of a class together.
 
-    The loss L_out of Khosla et al. (2020), equation 2, over the texts that have another one of their class in the
-    batch; 0 where none has.
+    Averaged over the texts that have another one of their class in the batch; 0 where none has.
     """
     vectors = normalize(vectors.float(), dim=-1)
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    # log-softmax of the similarities of each text to the others of the batch
     log_share = (vectors @ vectors.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=-1)
     positive = (labels[:, None] == labels[None]) & ~itself
     has = positive.any(dim=1)
@@ -238,7 +238,7 @@ class AllocateRanks(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the trained weights of the epoch with the best validation accuracy, and puts them back at the end."""
+    """Restores, at the end, the trained weights of the epoch with the best validation accuracy."""
 
     best, weights = -1.0, None
 
@@ -274,11 +274,8 @@ def trainer(
 ) -> Trainer:
     """Prepares a classifier for the recipe's method, in place, and returns the Trainer that will train it.
 
-    After every epoch the Trainer evaluates on `validation`, stops early, and at the end keeps the epoch with the best
-    accuracy; without a validation set it trains all epochs.
-
-    Args:
-        train, validation: as `tokenize` returns them
+    `train` and `validation` are tokenised (`tokenize`). After every epoch the Trainer evaluates on `validation`, stops
+    early, and at the end keeps the epoch with the best accuracy; without a validation set it trains all epochs.
 
     Raises ModelError for a setting that can have no effect.
     """
