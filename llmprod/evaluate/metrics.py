@@ -32,11 +32,17 @@ def per_class(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> 
 
 
 def bootstrap_interval(
-    metric: Metric, labels: np.ndarray, predictions: np.ndarray, resamples: int = 1000, seed: int = 0
+    metric: Metric,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of a metric: texts drawn with replacement (Efron & Tibshirani 1993)."""
+    """The percentile bootstrap interval of a metric: texts drawn with replacement (Efron & Tibshirani 1993)."""
     draws = np.random.default_rng(seed).integers(0, len(labels), size=(resamples, len(labels)))
-    low, high = np.quantile([metric(labels[draw], predictions[draw]) for draw in draws], [0.025, 0.975])
+    values = [metric(labels[draw], predictions[draw]) for draw in draws]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
