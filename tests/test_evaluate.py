@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import classification_report
 
@@ -31,7 +31,6 @@ def test_certain_and_right_has_no_calibration_error():
     assert metrics.expected_calibration_error(np.array([0, 1]), np.eye(2)) == 0
 
 
-@settings(deadline=None)
 @given(st.integers(2, 60).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2)))
 def test_equals_sklearn(pair):
     y, p = map(np.array, pair)

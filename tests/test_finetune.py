@@ -165,7 +165,7 @@ def test_lower_layers_learn_slower(small, tmp_path):
     assert rate["encoder.encoder.layer.0.output.dense.weight"] == pytest.approx(1e-3 / 2**6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(3, 128), min_size=1, max_size=300), st.integers(128, 4096), st.integers(0, 5))
 def test_token_budget_batches_hold_every_text_once(lengths, budget, seed):
     sampler = trainer.TokenBudget(lengths, budget, seed)
@@ -197,7 +197,7 @@ def test_tokens_are_kept_for_the_next_run(small):
     assert one.cache_files == two.cache_files and max(map(len, shorter["input_ids"])) <= 16
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1000, 30000), min_size=0, max_size=60))
 def test_augmentation_keeps_the_ends_and_adds_nothing(inner):
     example = {"input_ids": [101, *inner, 102], "attention_mask": [1] * (len(inner) + 2), "labels": 3}

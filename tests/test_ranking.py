@@ -28,7 +28,7 @@ def test_metrics_by_hand():
     assert late["MRR"] == 0.5 and late["nDCG"] == pytest.approx(math.log(2) / math.log(3))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31), st.integers(1, 6), st.integers(5, 30), st.integers(1, 10))
 def test_metrics_equal_an_independent_library(seed, users, items, k):
     """trec_eval, whose cut-off metrics are divided by the same numbers."""

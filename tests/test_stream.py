@@ -389,7 +389,7 @@ def test_tail_of_a_folder(tmp_path):
     assert set(cursor["files"]) == {"a.jsonl", "c.txt", "d.txt", "e.txt"}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.text(min_size=1).filter(lambda text: text.replace("\0", "").strip()), max_size=8),
     cuts=st.lists(st.floats(0, 1), max_size=8),
@@ -758,7 +758,7 @@ def test_ready_waits_for_the_late_and_takes_no_step_back(journal):
     assert journal.recent().set_index("id")["fed"].to_dict() == dict.fromkeys("abcdeg", 1) | {"f": 2, "h": 2}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     arrivals=st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=10),
     lateness=st.integers(0, 15),

@@ -124,7 +124,7 @@ assumptions = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stream_of_documents(), assumptions, st.floats(0.3, 400))
 def test_live_equals_vectorised_exactly(documents, assumed, threshold):
     """Together with other streams, so that the number of streams makes no difference either."""
@@ -142,7 +142,7 @@ def test_live_equals_vectorised_exactly(documents, assumed, threshold):
     assert quiet.false[0, 0] == sum(alerts)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stream_of_documents(), assumptions, st.integers(0, 40))
 def test_the_state_survives_json_at_any_point(documents, assumed, point):
     whole, stopped = surge.Cusum(assumed, 1.0), surge.Cusum(assumed, 1.0)
@@ -175,7 +175,7 @@ def test_the_alert_says_since_when_and_because_of_what():
     assert alert.severity == pytest.approx(alert.share / alert.baseline) and alert.severity > 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(stream_of_documents(), st.lists(st.floats(0.3, 400), min_size=1, max_size=3))
 def test_one_statistic_gives_the_alarms_under_every_cap(documents, thresholds):
     """Documents that raise an alarm in a CUSUM with a cap at the threshold, by two ways."""
