@@ -17,8 +17,8 @@ from pathlib import Path
 VARIANTS = {
     "padded to 128": "the source text's recipe: every text padded to 128 tokens, float32",
     "plain Trainer": "dynamic padding, batches at random, AdamW, float32: what Trainer does by itself",
-    "llmprod fp32": "ours in float32: token budget, fused AdamW, no dropout, token embeddings left as they are",
-    "llmprod": "the same in its own precision (bfloat16 products where the processor has them)",
+    "llmprod": "ours in float32: token budget, fused AdamW, no dropout, token embeddings left as they are",
+    "llmprod bf16": "the same with bfloat16 products, which some processors compute faster",
 }
 
 
@@ -54,7 +54,7 @@ def measure(variant: str, dataset: str, rows: int, batch_size: int) -> dict[str,
 
         def train(part) -> float:
             if ours:
-                precision = "fp32" if variant.endswith("fp32") else "auto"
+                precision = "bf16" if variant.endswith("bf16") else "fp32"
                 recipe = Recipe(epochs=1, learning_rate=1e-4, precision=precision)
                 training = trainer(predictor, part, None, Path(folder), recipe, progress=False)
             else:
@@ -117,8 +117,7 @@ def main() -> None:
     from llmprod import artifacts, machine
 
     machine.set_threads()
-    _, precision, reason = machine.device_and_precision()
-    print(f"{machine.describe()}; precision {precision}: {reason}")
+    print(f"{machine.describe()}; {machine.device_and_precision()[2]}")
     peak = gemm_peak()
     print("GEMM peak, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in peak.items()))
     for dataset in options.dataset:
@@ -148,7 +147,7 @@ def main() -> None:
             rate, each = rates[variant], [turn["rate"] for turn in turns]
             memory = statistics.median(turn["memory"] for turn in turns)
             useful = statistics.median(turn["GFLOP/s"] for turn in turns)
-            share = useful / peak["bf16" if variant == "llmprod" and precision == "bf16" else "fp32"]
+            share = useful / peak["bf16" if variant.endswith("bf16") else "fp32"]
             print(
                 f"{variant:16}{rate:9.1f}{rate / rates['padded to 128']:10.2f}{rate / rates['plain Trainer']:9.2f}"
                 f"{memory:9.0f}{useful:9.0f}{share:9.0%}   {min(each):.1f} to {max(each):.1f}"

@@ -6,15 +6,12 @@ import platform
 import random
 import subprocess
 import sys
-import time
 import warnings
 from contextlib import AbstractContextManager
-from functools import cache
 
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import linear
 
 from llmprod import LLMProdError, paths
 
@@ -24,45 +21,25 @@ def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, st
 
     Args:
         precision: "fp32", "bf16" (matrix products in bfloat16, weights and everything else in float32), or "auto":
-            bf16 if it is faster on this machine (see `bf16_is_faster`)
+            bf16 on a GPU that has it, fp32 on a processor, where some multiply bf16 faster, but with it the same seed
+            gives other results than on the next machine
 
     Returns device, precision and the reason for the two, for people to read.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise LLMProdError(f"precision is '{precision}'; use 'auto', 'fp32' or 'bf16'.")
     if torch.cuda.is_available():
-        device, name, faster = torch.device("cuda"), torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
+        device, name, has_bf16 = torch.device("cuda"), torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
     elif torch.backends.mps.is_available():
-        device, name, faster = torch.device("mps"), "Apple GPU", False
+        device, name, has_bf16 = torch.device("mps"), "Apple GPU", False
     else:
         can, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
         device, name = torch.device("cpu"), f"{can.get('cpu_name') or can.get('architecture')}, {threads} threads"
-        faster = precision == "auto" and bf16_is_faster()
+        has_bf16 = False
     if precision == "auto":
-        speed = "faster" if faster else "not faster"
-        return device, "bf16" if faster else "fp32", f"{name}; matrix products in bfloat16 are {speed} here"
+        reason = "the GPU has bfloat16" if has_bf16 else "float32 gives results that other processors give too"
+        return device, "bf16" if has_bf16 else "fp32", f"{name}; {reason}"
     return device, precision, f"{name}; {precision} was asked for"
-
-
-@cache
-def bf16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones, measured within milliseconds.
-
-    Instructions for bfloat16 are no guarantee: some processors run them at half the speed of float32, others at twice
-    to four times. Without such instructions nothing is measured.
-    """
-    can = torch.cpu.get_capabilities()
-    if not (can.get("avx512_bf16") or can.get("amx_bf16")):
-        return False
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(5):
-        for dtype, found in seconds.items():
-            rows, weights = torch.ones(1024, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
-            linear(rows, weights)  # the first call prepares the kernel
-            started = time.perf_counter()
-            linear(rows, weights)
-            found.append(time.perf_counter() - started)
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
