@@ -1,6 +1,7 @@
 """The command line: `python -m llmprod --help`. The Makefile's targets call it."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     command("sync", sync, "upload offline W&B runs")
+
+    text = "answer a customer's question, or turns of a dialogue from standard input"
+    answer = command("answer", answer_question, text)
+    answer.add_argument("question", nargs="?", default="", help="one question")
+    answer.add_argument("--dialogue", action="store_true", help="a turn in each line; an empty line reopens the case")
+    bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
+    answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
 
     watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
     text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
@@ -151,6 +159,26 @@ def run_studies(options: argparse.Namespace) -> int:
     for name in options.names or study.declared():
         ran = study.run(name, again=options.stale)
         print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {sum(study.stale(name))} of earlier code (stale)")
+    return 0
+
+
+def answer_question(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.customer_service.assistant import Assistant, Dialogue
+
+    if options.dialogue == bool(options.question):
+        raise LLMProdError("Give one question, or --dialogue and turns on standard input.")
+    machine.set_threads()
+    machine.quiet()
+    dialogue = Dialogue(Assistant.load(Path(options.bundle)))
+    for line in sys.stdin if options.dialogue else [options.question]:
+        if options.dialogue and not line.strip():
+            dialogue.reopen()
+            continue
+        said = dialogue.turn([line])
+        print(f"[{said.action}] {said.text}".rstrip(), flush=True)
+        if said.action == "hand over":
+            print(f"  for the agent: {json.dumps(said.summary(), ensure_ascii=False)}", file=sys.stderr, flush=True)
     return 0
 
 

@@ -14,10 +14,10 @@ from llmprod.harness import pipeline, report, study
 
 GROUND = ("paths", "files", "machine", "artifacts", "extras")
 CHAIN = ("data", "models", "finetune", "evaluate", "optimize")
-CASES = ("financial_sentiment", "recommendation", "news_monitoring")
+CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}
 HARNESS_ORDER = ("pipeline", "track", "results", "runner", "study", "report")
-FILE, PACKAGE, CELL, SECTIONS = 350, 8050, 35, 30
+FILE, PACKAGE, CELL, SECTIONS = 350, 9700, 35, 30
 
 
 def room_of(module: str) -> str:

@@ -89,7 +89,9 @@ def test_registry_is_complete():
     needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
     assert needed <= set(artifacts.registry())
     for name, item in artifacts.registry().items():
-        assert item["licence"] and item["citation"] and item["about"] and item["kind"] in ("model", "data"), name
+        assert (
+            item["licence"] and item["citation"] and item["about"] and item["kind"] in ("model", "generator", "data")
+        ), name
         assert all(len(file["sha256"]) == 64 for file in item["files"].values()), name
         assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], (
             f"{name}: pickled weights"

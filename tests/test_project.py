@@ -64,7 +64,12 @@ def test_constraints_are_complete():
 
 
 # Extras: room -> the extra that its notebook installs; a file of the chain may name one where it needs it
-ROOMS = {"financial_sentiment": "news", "news_monitoring": "news", "recommendation": "recsys"}
+ROOMS = {
+    "customer_service": "support",
+    "financial_sentiment": "news",
+    "news_monitoring": "news",
+    "recommendation": "recsys",
+}
 
 
 def distributions(names: list[str]) -> set[str]:

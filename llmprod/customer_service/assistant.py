@@ -1,0 +1,285 @@
+"""The assistant: decides between answering, asking back and handing over; one dialogue's state; saving and loading."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from llmprod import files, machine
+from llmprod.customer_service import privacy, reply, retrieval, understanding
+from llmprod.customer_service.desk import Passage, SupportError
+
+ANSWER, ASK, HAND_OVER, SILENT = "answer", "ask back", "hand over", "silent"
+LONGEST = 5000  # characters of a question; a longer one goes to a person
+PERSON, COMPLAINT = "speak_to_person", "complaint"  # intents that end in a hand-over, if the desk has them
+ABUSE = re.compile(
+    r"\b(?:idiots?|morons?|(?:stupid|useless) (?:bot|machine|people|shop)|f+u+c+k\w*|shit\w*|bastards?|bitch\w*|"
+    r"wankers?|arseholes?|assholes?|cretins?|imbeciles?|scum|dumbass\w*|crooks|thieves|scammers|piss off|screw you)\b",
+    re.IGNORECASE,
+)
+NO = re.compile(r"\W*(?:no+|nope|not really|neither|none(?: of (?:them|these|those))?)\b.{0,40}", re.IGNORECASE)
+WORDS = {  # fixed words of ours
+    "grounded": "Here is what our help pages say:",
+    "suggested": "I am not sure whether this helps:",
+    "helps?": "Does it answer your question? If not, write no, and a colleague takes over.",
+    "differs": "Please note that this differs from what you wrote.",
+    "hand over": "I am not sure about this one, so I pass you on to a colleague, who gets a summary of what you wrote.",
+    "person": "Of course: I pass you on to a colleague.",
+    "abuse": "I am sorry that this is so annoying. A colleague will look after it.",
+    "complaint": "I am sorry to hear that. I pass this on to a colleague who can look into it.",
+    "which": "To be sure that I understand: is it about {0}, or about {1}?",
+    "empty": "How can I help you?",
+}
+
+
+@dataclass
+class Reply:
+    """What the assistant says (`text`), and apart from it what it does (`action`), and why."""
+
+    action: str
+    text: str = ""
+    reason: str = ""
+    confidence: float = 0.0
+    intents: dict[str, float] = field(default_factory=dict)  # the most probable ones
+    slots: dict[str, str] = field(default_factory=dict)
+    sentences: list[reply.Sentence] = field(default_factory=list)  # of an answer out of articles
+    tried: list[str] = field(default_factory=list)  # ids of the passages that were found
+
+    def summary(self) -> dict:
+        """What a person who takes over sees; without the text of the customer."""
+        return asdict(self) | {"sentences": [asdict(sentence) for sentence in self.sentences]}
+
+
+@dataclass
+class Thresholds:
+    """Chosen on validation questions; infinity: never."""
+
+    answer: float  # least confidence of an intent for its best answer
+    passage: float  # least probability that an article answers
+    suggest: float = 0.2  # least probability that an article answers for quoting it with a question
+    ask: float = 0.35  # least confidence of the two best intents together for asking which one
+
+
+@dataclass
+class Answerable:
+    """Whether the passage found answers: a logistic regression on the cosine and the cross-encoder's logit."""
+
+    weights: list[float]  # of cosine and logit, and the constant
+
+    @classmethod
+    def fit(cls, features: np.ndarray, right: np.ndarray) -> "Answerable":
+        """From features (questions, 2) and whether the passage answered."""
+        from sklearn.linear_model import LogisticRegression
+
+        model = LogisticRegression().fit(features, right)
+        return cls([*model.coef_[0].tolist(), float(model.intercept_[0])])
+
+    def probability(self, features: np.ndarray) -> np.ndarray:
+        """The probability of each row of `features`."""
+        *slopes, constant = self.weights
+        return 1 / (1 + np.exp(-(features @ np.array(slopes) + constant)))
+
+
+@dataclass
+class Assistant:
+    """Understands a question, finds its answer, and says how sure it is."""
+
+    understanding: understanding.Understanding
+    index: retrieval.Index
+    ranker: CrossEncoder | None
+    passages: Sequence[Passage]
+    answers: dict[str, str]
+    slots: dict[str, dict[str, str]]
+    answerable: Answerable
+    thresholds: Thresholds
+    found: int = 5  # passages that are read for an answer
+    write: Callable[[str, Sequence[Passage]], str] | None = None  # a generator, in place of extraction
+
+    def rank(self, question: str, texts: Sequence[str]) -> np.ndarray:
+        """How well each text answers: the cross-encoder's logit, or 10 times the cosine without one."""
+        if self.ranker is not None:
+            return retrieval.rerank(self.ranker, question, texts)
+        vectors = retrieval.embed(self.index.encoder, [question, *texts])
+        return 10 * vectors[1:] @ vectors[0]
+
+    def search(self, question: str, context: str = "") -> tuple[list[Passage], np.ndarray]:
+        """The passages for a question, best first, and the features of `Answerable` (cosine, logit) of the best."""
+        numbers, _ = self.index.search([question], self.found, [context] if context else ())
+        found = [self.passages[n] for n in numbers[0]]
+        scores = self.rank(question, [passage.indexed for passage in found])
+        best = int(np.argmax(scores))
+        cosine = float(self.index.vectors[numbers[0][best]] @ retrieval.embed(self.index.encoder, [question])[0])
+        return [found[n] for n in np.argsort(-scores, kind="stable")], np.array([cosine, scores[best]])
+
+    def understand(self, question: str) -> tuple[dict[str, float], float]:
+        """The three most probable intents with their probabilities, and the confidence in the best one."""
+        probabilities, likeness = self.understanding.read([question])
+        best = np.argsort(-probabilities[0], kind="stable")[:3]
+        intents = {self.understanding.intents[k]: round(float(probabilities[0, k]), 4) for k in best}
+        return intents, float(understanding.confidence(probabilities, likeness)[0])
+
+    def respond(self, question: str, context: str = "", known: dict[str, str] | None = None) -> Reply:
+        """One reply to one question; `context` is what the customer wrote before, `known` the slots already given."""
+        slots = dict(known or {})
+        for start, end, name in understanding.find_slots(question[:LONGEST], self.slots):
+            slots[name] = question[start:end]
+        intents, sure = self.understand(question[:LONGEST])
+        if context:  # "and from abroad?" means nothing alone: whichever reading is surer
+            joined, surer = self.understand(f"{context} {question}"[-LONGEST:])
+            intents, sure = (joined, surer) if surer > sure else (intents, sure)
+        best, second = [*intents][:2]
+        base = Reply(ANSWER, confidence=sure, intents=intents, slots=slots)
+        if len(question) > LONGEST:
+            return self.hand_over(base, "hand over", f"the question is longer than {LONGEST} characters")
+        if ABUSE.search(question):
+            return self.hand_over(base, "abuse", "abuse")
+        if best in (PERSON, COMPLAINT) and sure >= min(0.5, self.thresholds.answer):
+            return self.hand_over(base, "person" if best == PERSON else "complaint", f"the customer's wish: {best}")
+        if sure >= self.thresholds.answer and best in self.answers:
+            return self.from_template(base, best, question)
+        found, features = self.search(question, context)
+        base.tried = [passage.id for passage in found]
+        likely = float(self.answerable.probability(features[None])[0])
+        if likely >= min(self.thresholds.passage, self.thresholds.suggest):
+            base.confidence = likely
+            if done := self.from_articles(base, question, found):
+                return done
+        pair = sum([*intents.values()][:2]) * sure / max(intents[best], 1e-9)
+        if best in self.answers and second in self.answers and pair >= self.thresholds.ask and intents[second] > 0.2:
+            which = [name.replace("_", " ") for name in (best, second)]
+            return self.finished(base, ASK, WORDS["which"].format(*which), "two intents are likely")
+        return self.hand_over(base, "hand over", "unsure")
+
+    def from_template(self, base: Reply, intent: str, question: str) -> Reply:
+        """The best answer to an intent, its slots filled; asks for the first one that is missing."""
+        text = self.answers[intent]
+        needed = re.findall(r"{(\w+)}", text)
+        for name in needed:
+            if name not in base.slots:
+                ask = self.slots.get(name, {}).get("ask", f"Could you tell me the {name.replace('_', ' ')}?")
+                return self.finished(base, ASK, ask, f"missing: {name}")
+            text = text.replace(f"{{{name}}}", base.slots[name])
+        return self.finished(base, ANSWER, self.with_note(question, text), f"best answer to {intent}")
+
+    def from_articles(self, base: Reply, question: str, found: Sequence[Passage]) -> Reply | None:
+        """An answer out of articles, each sentence with its passage, or where unsure a suggestion; None without any."""
+        if self.write:
+            sentences, dropped = reply.checked(self.write(question, found[:3]), found[:3])
+            base.reason = f"generated, {len(dropped)} sentence(s) dropped"
+        else:
+            sentences, base.reason = reply.extract(question, found[:3], self.rank), "sentences of articles"
+        if not sentences:
+            return None
+        sure = base.confidence >= self.thresholds.passage
+        before, *after = [WORDS["grounded"]] if sure else [WORDS["suggested"], WORDS["helps?"]]
+        base.sentences = [reply.Sentence(before), *sentences, *map(reply.Sentence, after)]
+        text = " ".join(f"{s.text} [{s.passage}]" if s.passage else s.text for s in base.sentences)
+        return self.finished(base, ANSWER if sure else ASK, self.with_note(question, text), base.reason)
+
+    def with_note(self, question: str, text: str) -> str:
+        """The reply, after a note where the question took something else for true (90 days for 30)."""
+        return f"{WORDS['differs']} {text}" if reply.contradicted(question, text) else text
+
+    def hand_over(self, base: Reply, words: str, reason: str) -> Reply:
+        """The reply that passes the case on to a person."""
+        return self.finished(base, HAND_OVER, WORDS[words], reason)
+
+    def finished(self, base: Reply, action: str, text: str, reason: str) -> Reply:
+        """The reply with its action, text and reason."""
+        base.action, base.text, base.reason = action, text, reason
+        return base
+
+    def save(self, folder: Path, card: str) -> None:
+        """Writes the assistant as one folder, atomically: models (safetensors), passages, answers, thresholds."""
+        settings = {
+            "passages": [asdict(passage) for passage in self.passages],
+            "answers": self.answers,
+            "slots": self.slots,
+            "answerable": self.answerable.weights,
+            "thresholds": {name: min(value, 2.0) for name, value in asdict(self.thresholds).items()},  # no infinity
+            "weight": self.index.weight,
+            "found": self.found,
+        }
+        with files.atomic(folder) as temporary:
+            self.understanding.save(temporary / "intents", card)
+            self.index.encoder.save(str(temporary / "encoder"), create_model_card=False)
+            if self.ranker is not None:
+                self.ranker.save(str(temporary / "ranker"), create_model_card=False)
+            files.write_json(temporary / "assistant.json", settings)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Assistant":
+        """Reads what `save` wrote. Raises SupportError where there is no assistant in the folder."""
+        if not (folder / "assistant.json").is_file():
+            raise SupportError(
+                f"{folder}: no assistant is saved here. Run notebook 11_customer_service, or give its bundle."
+            )
+        settings = files.read_json(folder / "assistant.json")
+        device, _, _ = machine.device_and_precision("fp32")
+        local = {"device": str(device), "local_files_only": True}
+        encoder = SentenceTransformer(str(folder / "encoder"), **local)
+        ranker = CrossEncoder(str(folder / "ranker"), **local) if (folder / "ranker").is_dir() else None
+        passages = [Passage(**passage) for passage in settings["passages"]]
+        index = retrieval.Index([passage.indexed for passage in passages], encoder, settings["weight"])
+        return cls(
+            understanding.Understanding.load(folder / "intents"),
+            index,
+            ranker,
+            passages,
+            settings["answers"],
+            settings["slots"],
+            Answerable(settings["answerable"]),
+            Thresholds(**settings["thresholds"]),
+            settings["found"],
+        )
+
+
+@dataclass
+class Dialogue:
+    """One customer's conversation: what was said, the slots given, what was asked, whether a person has taken over."""
+
+    assistant: Assistant
+    earlier: list[str] = field(default_factory=list)
+    slots: dict[str, str] = field(default_factory=dict)
+    asked: str = ""  # the question that waits for a slot or for a choice
+    with_person: bool = False
+
+    def turn(self, messages: Sequence[str]) -> Reply:
+        """The reply to what the customer wrote since the last one; several short messages are one question.
+
+        After a hand-over the assistant is silent until `reopen`.
+        """
+        question = " ".join(message.strip() for message in messages if message.strip())
+        if self.with_person:
+            return Reply(SILENT, reason="a person has taken over", slots=self.slots)
+        if not question:
+            return Reply(ASK, WORDS["empty"], "nothing was written")
+        if self.asked and NO.fullmatch(question):
+            self.with_person = True
+            return Reply(HAND_OVER, WORDS["person"], "what was suggested or asked did not help", slots=self.slots)
+        given = understanding.find_slots(question[:LONGEST], self.assistant.slots)
+        self.slots |= {name: question[start:end] for start, end, name in given}
+        if self.asked and (given or len(question.split()) <= 4):  # the answer to what we asked
+            found = self.assistant.respond(f"{self.asked} {question}", "", self.slots)
+        else:
+            found = self.assistant.respond(question, " ".join(self.earlier[-2:]), self.slots)
+        waits = found.action == ASK
+        self.asked = (self.asked or question) if waits else ""
+        self.earlier.append(question)
+        self.with_person = found.action == HAND_OVER
+        return found
+
+    def reopen(self) -> None:
+        """A reopened case starts fresh: nothing of the earlier one is carried over."""
+        self.earlier, self.slots, self.asked, self.with_person = [], {}, "", False
+
+
+def logged(question: str, found: Reply) -> dict:
+    """What may be logged of a turn: personal data masked in the question and in every slot."""
+    row = found.summary() | {"question": privacy.mask(question)}
+    row["slots"] = {name: privacy.mask(value) for name, value in found.slots.items()}
+    row["text"] = privacy.mask(found.text)
+    return row

@@ -1,0 +1,254 @@
+"""The desk's data: questions with their intents, the best answer of each intent, help articles, past dialogues."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from llmprod import LLMProdError, artifacts, data
+from llmprod.extras import extra
+
+with extra("support"):
+    from bs4 import BeautifulSoup
+
+OWN = Path(__file__).with_name("support_desk")  # the data set that this repository brings
+OUT_OF_SCOPE = "out_of_scope"  # the class of questions that no intent covers
+ARTICLES = (".md", ".txt", ".html", ".htm")
+LARGEST = 1 << 20  # bytes of an article
+MARKED = re.compile(r"\[([^\[\]]+)\]\((\w+)\)")  # [12 May](date)
+SENTENCE_END = re.compile(r'(?<=[.!?])["”’)]*\s+(?=["“(]?[A-Z0-9])')
+
+
+class SupportError(LLMProdError):
+    """A table of questions, a folder of articles or an assistant can't be used as it is."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A paragraph of an article; `id` is the article's name and the paragraph's number."""
+
+    id: str
+    title: str
+    text: str
+
+    @property
+    def article(self) -> str:
+        """The name of the article."""
+        return self.id.partition("#")[0]
+
+    @property
+    def indexed(self) -> str:
+        """The text that retrieval reads: a paragraph means little without its title."""
+        return f"{self.title}: {self.text}"
+
+    def sentences(self) -> list[str]:
+        """The sentences of the paragraph."""
+        return [part.strip() for part in SENTENCE_END.split(self.text) if part.strip()]
+
+
+@dataclass
+class Desk:
+    """What an assistant learns from.
+
+    `questions` has the columns text, intents (a list; empty: out of scope), split, and slots (a list of start, end,
+    name); `searches` has text, passage (an id, "" where no article answers), quote (the sentences that do) and split.
+    """
+
+    questions: pd.DataFrame
+    answers: dict[str, str] = field(default_factory=dict)  # intent -> the best answer, with {slots}
+    slots: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> pattern, and how to ask for it
+    passages: list[Passage] = field(default_factory=list)
+    dialogues: list[dict] = field(default_factory=list)
+    searches: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["text", "passage", "quote", "split"]))
+
+    @property
+    def intents(self) -> list[str]:
+        """The names of the intents, sorted."""
+        return sorted({intent for some in self.questions["intents"] for intent in some})
+
+    def part(self, split: str) -> pd.DataFrame:
+        """The questions of a split."""
+        return self.questions[self.questions["split"] == split].reset_index(drop=True)
+
+
+def load(
+    dataset: str = "support-desk",
+    articles: str = "",
+    dialogues: str = "",
+    intent_column: str = "intent",
+    answer_column: str = "answer",
+    seed: int = 0,
+) -> Desk:
+    """The desk of a data set: `support-desk`, a registered table of labelled questions, or a file of one's own.
+
+    A file (.csv, .tsv, .jsonl, .parquet) has the columns `text`, `intent_column` (several intents apart by |; empty:
+    out of scope) and, if there is one, `answer_column`; its best answer to an intent is the most frequent one.
+    `articles` is a folder of help articles, `dialogues` a .jsonl file of past ones (see `pairs_of`).
+
+    Raises SupportError or DataError for what can't be used.
+    """
+    if dataset == "support-desk":
+        desk = support_desk()
+    elif dataset in artifacts.registry():
+        table, _ = data.clean(data.load_artifact(dataset))
+        table = data.split(data.drop_duplicates(table)[0], seed=seed)
+        desk = Desk(unmarked(table["text"], [[label] for label in table["label"]], table["split"]))
+    else:
+        desk = own_table(Path(dataset).expanduser(), intent_column, answer_column, seed)
+    if len(desk.intents) < 2:
+        raise SupportError(f"{dataset}: {len(desk.intents)} intent(s); a classifier needs at least two.")
+    if articles:
+        desk.passages = read_articles(Path(articles).expanduser())
+    if dialogues:
+        desk.dialogues = data.read_table(Path(dialogues).expanduser(), "utf-8").to_dict("records")
+    return desk
+
+
+def read_lines(path: Path) -> pd.DataFrame:
+    """A file with a JSON object in each line."""
+    return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def support_desk() -> Desk:
+    """The data set that this repository brings (its card: `support_desk/README.md`)."""
+    asked, foreign, searches = (
+        read_lines(OWN / f"{name}.jsonl") for name in ("questions", "out_of_scope", "article_questions")
+    )
+    both = pd.concat([asked, foreign.assign(intents=[[]] * len(foreign))], ignore_index=True)
+    questions = unmarked(both["text"], both["intents"], both["split"]).assign(about=both["about"].fillna("intents"))
+    passages = read_articles(OWN / "articles")
+    of_article = {}
+    for passage in passages:
+        of_article.setdefault(passage.article, []).append(passage)
+    searches["quote"] = searches.pop("quote").fillna("")
+    searches["passage"] = [
+        next((p.id for p in of_article[article] if quote in p.text), "") if quote else ""
+        for article, quote in zip(searches["article"], searches["quote"], strict=True)
+    ]
+    settings = yaml.safe_load((OWN / "answers.yaml").read_text(encoding="utf-8"))
+    dialogues = read_lines(OWN / "dialogues.jsonl").query("split == 'train'").to_dict("records")
+    return Desk(questions, settings["answers"], settings["slots"], passages, dialogues, searches)
+
+
+def own_table(path: Path, intent_column: str, answer_column: str, seed: int) -> Desk:
+    """A file of questions, split by `data.split` unless it has a column `split`."""
+    table = data.read_table(path, "utf-8")
+    data.require(table, ["text", intent_column], str(path), SupportError)
+    table["text"] = [data.normalise(str(text)) for text in table["text"].fillna("")]
+    table = table[table["text"] != ""].reset_index(drop=True)
+    intents = [
+        [name.strip() for name in str(value).split("|") if name.strip()] for value in table[intent_column].fillna("")
+    ]
+    if "split" not in table:
+        rows = pd.DataFrame(
+            {"text": table.index, "label": [(some or [OUT_OF_SCOPE])[0] for some in intents], "split": "train"}
+        )
+        table["split"] = data.split(rows, seed=seed).set_index("text")["split"].reindex(table.index)
+    answers = {}
+    if answer_column in table:
+        by = pd.DataFrame(
+            {"intent": [some[0] if len(some) == 1 else "" for some in intents], "answer": table[answer_column]}
+        )
+        by = by[(by["intent"] != "") & (by["answer"].fillna("").astype(str).str.strip() != "")]
+        answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
+    return Desk(unmarked(table["text"], intents, table["split"]), answers)
+
+
+def unmarked(texts: Iterable[str], intents: Iterable[list[str]], splits: Iterable[str]) -> pd.DataFrame:
+    """Questions with the marks of their slots, `[12 May](date)`, taken out of the text and into a column."""
+    rows = []
+    for marked, some, split in zip(texts, intents, splits, strict=True):
+        text, slots, end = "", [], 0
+        for found in MARKED.finditer(marked):
+            text += marked[end : found.start()]
+            slots.append((len(text), len(text) + len(found[1]), found[2]))
+            text, end = text + found[1], found.end()
+        rows.append({"text": text + marked[end:], "intents": list(some), "split": split, "slots": slots})
+    return pd.DataFrame(rows)
+
+
+def read_articles(folder: Path) -> list[Passage]:
+    """The passages of the articles in a folder (.md, .txt, .html), in the order of their names.
+
+    An article's title is its first line. Raises SupportError for a folder without articles, and for an article that is
+    empty, not UTF-8, or larger than 1 MiB.
+    """
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in ARTICLES)
+    if not files:
+        raise SupportError(f"{folder}: there are no articles ({', '.join(ARTICLES)}) in this folder.")
+    passages = []
+    for path in files:
+        if path.stat().st_size > LARGEST:
+            raise SupportError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; split articles above {LARGEST >> 20} MiB.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SupportError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+        if path.suffix.lower().startswith(".htm"):
+            page = BeautifulSoup(text, "html.parser")
+            for hidden in page(["script", "style", "template"]):
+                hidden.decompose()
+            text = page.get_text("\n\n")
+        found = to_passages(path.stem, text)
+        if not found:
+            raise SupportError(f"{path}: there is no text in this article.")
+        passages += found
+    return passages
+
+
+def to_passages(name: str, text: str) -> list[Passage]:
+    """An article cut at its empty lines; the first line is the title, and the text where there is no other."""
+    parts = [data.normalise(part.lstrip("# ")) for part in re.split(r"\n\s*\n", text.strip())]
+    parts = [part for part in parts if part]
+    title, body = (parts[0], parts[1:] or parts) if parts else ("", [])
+    return [Passage(f"{name}#{number}", title, part) for number, part in enumerate(body, 1)]
+
+
+# Past dialogues
+
+
+def pairs_of(dialogues: Iterable[Mapping], mask: object) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Supervised pairs from dialogues: what the customer wrote last, with its context, and what a person answered.
+
+    A dialogue has `turns` with `speaker` (customer, agent, or else) and `text`. Several messages in a row are one
+    question; `mask` takes personal data out; equal questions keep their most frequent answer.
+
+    Returns the pairs (question, context, answer, based_on, times), and a card: how many turns were left out, and why.
+    """
+    rows, left_out = [], {"answered by a bot": 0, "no question before": 0, "no answer after": 0}
+    for dialogue in dialogues:
+        context, waiting, answered = [], [], False
+        for turn in dialogue["turns"]:
+            text = mask(data.normalise(turn["text"]))
+            if turn["speaker"] == "customer":
+                waiting = [*waiting, text] if not answered else [text]
+                answered = False
+                continue
+            if turn["speaker"] != "agent":
+                left_out["answered by a bot"] += 1
+            elif not waiting or answered:
+                left_out["no question before"] += 1
+            else:
+                based_on = [name for name in turn.get("about") or [] if name]
+                question = " ".join(waiting)
+                rows.append(
+                    {"question": question, "context": " ".join(context[-4:]), "answer": text, "based_on": based_on}
+                )
+            if turn["speaker"] == "agent":
+                context, answered = [*context, *waiting, text], True
+        left_out["no answer after"] += bool(waiting) and not answered
+    found = pd.DataFrame(rows, columns=["question", "context", "answer", "based_on"])
+    grouped = found.groupby([found["question"].str.casefold(), "context"], sort=False)
+    pairs = grouped.agg(
+        question=("question", "first"),
+        answer=("answer", lambda column: column.mode().iloc[0]),
+        based_on=("based_on", "first"),
+        times=("answer", "size"),
+    )
+    pairs = pairs.reset_index("context").reset_index(drop=True)
+    left_out["equal question"] = len(found) - len(pairs)
+    return pairs, pd.DataFrame({"reason": left_out.keys(), "turns left out": left_out.values()})

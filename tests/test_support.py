@@ -1,0 +1,330 @@
+"""The customer-service desk: its data, personal data, slots, retrieval, grounded replies."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprod import data
+from llmprod.customer_service import desk, evaluation, privacy, reply, retrieval, understanding
+from llmprod.customer_service.desk import Passage, SupportError
+from llmprod.evaluate import metrics
+
+
+@pytest.fixture(scope="module")
+def shop() -> desk.Desk:
+    return desk.load()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return retrieval.load_encoder("minilm")
+
+
+# The data set
+
+
+def test_the_desk_holds_what_its_card_says(shop):
+    questions = shop.questions
+    assert len(shop.intents) == 40 == len(shop.answers) and set(shop.answers) == set(shop.intents)
+    assert min(Counter(some[0] for some in questions["intents"] if some).values()) >= 25
+    assert (questions["about"] == "trade").sum() >= 100 <= (questions["about"] == "other").sum()
+    assert len({passage.article for passage in shop.passages}) >= 60
+    searches = shop.searches
+    assert (searches["passage"] != "").sum() >= 120 and (searches["passage"] == "").sum() >= 40
+    by_id = {passage.id: passage for passage in shop.passages}
+    for row in searches[searches["passage"] != ""].itertuples():
+        assert row.quote in by_id[row.passage].text
+    assert len(desk.read_lines(desk.OWN / "dialogues.jsonl")) >= 40 <= len(desk.read_lines(desk.OWN / "attacks.jsonl"))
+    for text, slots in zip(questions["text"], questions["slots"], strict=True):
+        assert all(0 <= start < end <= len(text) and name in shop.slots for start, end, name in slots)
+        assert "](" not in text
+
+
+def test_articles_have_the_stated_lengths(shop):
+    words = Counter()
+    for passage in shop.passages:
+        words[passage.article] += len(passage.text.split())
+    assert all(80 <= count <= 250 for count in words.values())
+
+
+def test_no_near_copies_between_splits(shop, encoder):
+    """By the frozen encoder: no question is nearly one of another split."""
+    every = pd.concat([shop.questions, shop.searches], ignore_index=True)
+    vectors = retrieval.embed(encoder, every["text"].tolist())
+    likeness = vectors @ vectors.T
+    apart = every["split"].to_numpy()[:, None] != every["split"].to_numpy()[None]
+    long = (every["text"].str.split().str.len() > 5).to_numpy()
+    assert likeness[apart & long[:, None] & long[None]].max() < 0.92
+    assert not set(every["text"][every["split"] == "train"]) & set(every["text"][every["split"] != "train"])
+
+
+# One's own data
+
+
+def test_own_table_of_questions_with_answers(tmp_path):
+    rows = [f"question {k} about {name}" for name in ("fees", "cards") for k in range(12)]
+    table = pd.DataFrame({"text": rows, "intent": ["fees"] * 12 + ["cards"] * 12})
+    table["answer"] = ["Fees are low."] * 11 + ["Other."] + ["Cards come by post."] * 12
+    table.loc[0, "intent"] = "fees|cards"
+    table.to_csv(tmp_path / "own.csv", index=False)
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "fees.md").write_text("# Fees\n\nThe fee is 2 euros.\n\nIt is taken monthly.")
+    page = "<h1>Cards</h1><script>x = 1</script><p>A card costs <b>5</b> euros.</p>"
+    (tmp_path / "pages" / "cards.html").write_text(page)
+    own = desk.load(str(tmp_path / "own.csv"), str(tmp_path / "pages"))
+    assert own.intents == ["cards", "fees"] and own.answers == {"fees": "Fees are low.", "cards": "Cards come by post."}
+    assert set(own.questions["split"]) == set(data.SPLITS) and len(own.questions) == 24
+    assert own.questions["intents"].iloc[0] == ["fees", "cards"]
+    assert [passage.id for passage in own.passages if passage.article == "fees"] == ["fees#1", "fees#2"]
+    assert not any("x = 1" in passage.text for passage in own.passages)
+
+
+def write_one_intent(folder):
+    pd.DataFrame({"text": ["a", "b"], "intent": ["x", "x"], "split": "train"}).to_csv(folder / "t.csv", index=False)
+    return {"dataset": str(folder / "t.csv")}
+
+
+def write_no_column(folder):
+    pd.DataFrame({"text": ["a"], "label": ["x"]}).to_csv(folder / "t.csv", index=False)
+    return {"dataset": str(folder / "t.csv")}
+
+
+def write_large_article(folder):
+    (folder / "a.md").write_text("word " * 2_200_000)
+    return {"articles": str(folder)}
+
+
+def write_latin_article(folder):
+    (folder / "a.txt").write_bytes("Straße".encode("latin-1"))
+    return {"articles": str(folder)}
+
+
+def write_empty_article(folder):
+    (folder / "a.md").write_text("  \n")
+    return {"articles": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_one_intent, "1 intent"),
+        (write_no_column, "no column intent"),
+        (lambda folder: {"articles": str(folder)}, "no articles"),
+        (write_large_article, "11.0 MB"),
+        (write_latin_article, "not UTF-8"),
+        (write_empty_article, "no text"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, write, message):
+    with pytest.raises(SupportError, match=message) as error:
+        desk.load(**write(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+# Dialogues and personal data
+
+
+def test_pairs_join_messages_leave_bots_out_and_mask():
+    dialogues = [
+        {
+            "turns": [
+                {"speaker": "customer", "text": "hi"},
+                {"speaker": "customer", "text": "my card 4111 1111 1111 1111 was charged"},
+                {"speaker": "bot", "text": "Buy a tent!"},
+                {"speaker": "agent", "text": "We look into it.", "about": ["charged_twice", None]},
+                {"speaker": "customer", "text": "thanks"},
+            ]
+        }
+    ]
+    pairs, card = desk.pairs_of(dialogues * 3, privacy.mask)
+    assert pairs[["question", "answer", "times"]].values.tolist() == [
+        ["hi my card [card] was charged", "We look into it.", 3]
+    ]
+    assert pairs["based_on"].iloc[0] == ["charged_twice"]
+    counts = dict(card.itertuples(index=False))
+    assert counts["answered by a bot"] == 3 and counts["no answer after"] == 3 and counts["equal question"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("card 4111-1111-1111-1111.", "card [card]."),
+        ("card 4111 1111 1111 1112", "card 4111 1111 1111 1112"),  # the check digit is wrong
+        ("IBAN DE89 3704 0044 0532 0130 00 ok", "IBAN [IBAN] ok"),
+        ("write to a.b+c@mail.example.com!", "write to [e-mail]!"),
+        ("call 020 7946 0958 or +49 30 901820", "call [telephone] or [telephone]"),
+        ("order MF-204518 of 12/11/2026 cost 49.90", "order MF-204518 of 12/11/2026 cost 49.90"),
+    ],
+)
+def test_personal_data_is_masked(text, masked):
+    assert privacy.mask(text) == masked
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_a_card_never_survives_its_mask(before, after):
+    assert "4111111111111111" not in privacy.mask(f"{before} 4111111111111111 {after}")
+
+
+def test_masking_a_long_text_is_quick():
+    import time
+
+    started = time.perf_counter()
+    privacy.mask("1 a@b " * 40_000)
+    assert time.perf_counter() - started < 5
+
+
+# Slots and intents
+
+
+def test_slots_of_the_desk(shop):
+    text = "I paid €49.90 on 12 May with the card ending in 4412, order mf 204518"
+    found = {name: text[start:end] for start, end, name in understanding.find_slots(text, shop.slots)}
+    assert found == {"amount": "€49.90", "date": "12 May", "card_last4": "4412", "order_number": "mf 204518"} or (
+        found["date"].endswith("12 May") and found["card_last4"] == "4412" and "204518" in found["order_number"]
+    )
+    assert (evaluation.slot_scores(shop, "test").query("n > 10")["F1"] > 0.85).all()
+    with pytest.raises(SupportError, match="slot x: the pattern"):
+        understanding.find_slots("text", {"x": {"pattern": "("}})
+
+
+def test_questions_with_two_intents_are_two_rows():
+    rows = [("a", ["x", "y"], "train"), ("b", [], "train"), ("c", ["y"], "validation")]
+    splits, labels = understanding.training_splits(pd.DataFrame(rows, columns=["text", "intents", "split"]))
+    assert labels == ["out_of_scope", "x", "y"]
+    assert list(zip(splits["train"]["text"], splits["train"]["label"], strict=True)) == [("a", 1), ("a", 2), ("b", 0)]
+    assert splits["validation"]["label"][:] == [2]
+
+
+def test_f1_of_several_intents():
+    assert understanding.several_f1([["a", "b"], ["c"]], [["a"], ["c"]]) == pytest.approx(0.8)
+    assert understanding.several_f1([["a"]], [["b"]]) == 0
+
+
+# Thresholds and curves
+
+
+def test_threshold_at_precision_is_the_exact_bound():
+    """149 right answers without an error show 98 %, 148 do not."""
+    sure = np.linspace(1, 0.5, 149)
+    assert metrics.threshold_at_precision(sure, np.ones(149, bool), 0.98, steps=1) == pytest.approx(0.5)
+    assert metrics.threshold_at_precision(sure[:148], np.ones(148, bool), 0.98, steps=1) == np.inf
+    right = np.append(np.ones(600, bool), np.zeros(400, bool))
+    found = metrics.threshold_at_precision(np.linspace(1, 0, 1000), right, 0.95)
+    assert found == pytest.approx(np.linspace(1, 0, 1000)[599])
+
+
+def test_threshold_at_precision_holds_its_level():
+    """Where only 88 % are right, few draws claim 90 %; where 99 % are, most do."""
+    random = np.random.default_rng(0)
+
+    def claims(share: float) -> float:
+        draws = [(random.random(300), random.random(300) < share) for _ in range(300)]
+        return np.mean([metrics.threshold_at_precision(*draw, 0.9) < np.inf for draw in draws])
+
+    assert claims(0.88) < 0.05 and claims(0.99) > 0.9
+
+
+def test_wilson_interval():
+    assert metrics.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, formula 3
+    assert metrics.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_precision_curve_weights_traffic():
+    confidence, right = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
+    in_scope = np.array([True, False, True, False])
+    curve = evaluation.precision_curve(confidence, right, in_scope, 0.5)
+    assert curve["precision"].round(3).tolist() == [1, 0.5, 0.667, 0.5]
+    assert curve["answered"].tolist() == [0.5, 0.5, 1, 1]
+    assert evaluation.precision_curve(confidence, right, in_scope, 0.0)["precision"].tolist() == [1, 1, 1, 1]
+    assert evaluation.answered_at(curve, 0.95) == 0.5 and evaluation.answered_at(curve, 1.1) == 0
+
+
+# Retrieval
+
+
+def test_bm25_vectors_and_fusion_find(encoder):
+    texts = ["The tent pole costs 12 euros.", "Refunds take 5 working days.", "Boots: one centimetre longer."]
+    index = retrieval.Index(texts, encoder)
+    for weight in (0.0, 0.3, 1.0):
+        index.weight = weight
+        numbers, scores = index.search(["price of a tent pole", "when do I get my refund"], k=3)
+        assert numbers[:, 0].tolist() == [0, 1] and numbers.shape == (2, 3)
+        assert (np.diff(scores, axis=1) <= 1e-6).all()
+    index.weight = 1.0
+    alone, with_context = (index.search(["only those?"], 1, some)[0][0, 0] for some in ([], ["how do boots fit"]))
+    assert with_context == 2 and index.search([""], 2)[0].shape == (1, 2) and alone in (0, 1, 2)
+
+
+def test_ranking_metrics_equal_trec_eval():
+    import pytrec_eval
+
+    random = np.random.default_rng(0)
+    numbers = np.array([random.permutation(40)[:10] for _ in range(50)])
+    gold = [set(random.permutation(40)[: random.integers(1, 5)].tolist()) for _ in range(50)]
+    ours = retrieval.ranking_metrics(numbers, gold)
+    qrels = {str(q): {str(d): 1 for d in some} for q, some in enumerate(gold)}
+    run = {str(q): {str(d): 10.0 - r for r, d in enumerate(row)} for q, row in enumerate(numbers)}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"recall.5", "ndcg_cut.10", "recip_rank"}).evaluate(run)
+    for name, other in (("recall@5", "recall_5"), ("nDCG@10", "ndcg_cut_10"), ("MRR@10", "recip_rank")):
+        assert ours[name] == pytest.approx([theirs[str(q)][other] for q in range(50)])
+
+
+def test_hard_negatives_are_never_the_answer(encoder):
+    index = retrieval.Index(["tent poles", "tent pegs", "boots", "stoves"], encoder)
+    found = retrieval.mine(index, ["tent pole", "boot"], [0, 2], count=2)
+    assert found.shape == (2, 2) and 0 not in found[0] and 2 not in found[1]
+
+
+# Grounded replies
+
+PAGE = Passage(
+    "returns#1", "Returns", "You can send it back within 30 days. The label costs EUR 3.90. Food is not taken back."
+)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "supported"),
+    [
+        ("You can send it back within 30 days.", True),
+        ("You can send it back within 60 days.", False),
+        ("The label costs EUR 3.90.", True),
+        ("The label costs nothing.", False),
+        ("Food is taken back.", False),
+        ("Our tents are made of the finest cotton.", False),
+    ],
+)
+def test_a_sentence_is_supported_literally(sentence, supported):
+    assert (reply.support(sentence, [PAGE]) == "returns#1") == supported
+
+
+def test_unsupported_sentences_are_dropped_and_refusals_are_no_answer():
+    kept, dropped = reply.checked("You can send it back within 30 days. We also give you 500 euros.", [PAGE])
+    assert [sentence.passage for sentence in kept] == ["returns#1"] and dropped == ["We also give you 500 euros."]
+    assert reply.checked("I don't know.", [PAGE]) == ([], ["I don't know."])
+
+
+def test_extracted_sentences_are_those_of_articles():
+    def rank(question: str, texts: list[str]) -> np.ndarray:
+        return np.array([len(reply.content(question) & reply.content(text)) for text in texts], float)
+
+    found = reply.extract("what does the label cost", [PAGE], rank, most=1)
+    assert found == [reply.Sentence("The label costs EUR 3.90.", "returns#1")]
+    assert reply.extract("anything", [], rank) == []
+
+
+@pytest.mark.parametrize(
+    ("question", "differs"),
+    [("So I have 90 days?", True), ("So I have 30 days?", False), ("I have 2 tents", False), ("in 6 weeks", False)],
+)
+def test_a_wrong_premise_is_noticed(question, differs):
+    assert reply.contradicted(question, PAGE.text) == differs
+
+
+def test_the_desk_is_json_and_utf8():
+    for path in desk.OWN.glob("*.jsonl"):
+        assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
