@@ -61,7 +61,7 @@ verify: $(READY)  ## print the verdict on the last run
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile $(PROFILE)
 
-bench: $(READY)  ## time BENCH (training, monitor, recommendation or peers) and compare it with other libraries
+bench: $(READY)  ## time BENCH (training, monitor, recommendation, support or peers) and compare it with other libraries
 	$(BIN)/python -m benchmarks.$(BENCH)
 
 reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours; continues where it stopped)

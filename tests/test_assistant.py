@@ -156,6 +156,20 @@ def test_short_messages_are_one_question_and_a_slot_is_kept(helper):
     assert said.action == ANSWER and "MF-204518" in said.text and talk.slots == {"order_number": "MF-204518"}
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "empty"), ("Hi!", "empty"), ("hello there, good morning", "empty"), ("ok, thanks a lot!", "thanks")],
+)
+def test_small_talk_is_no_question(helper, text, words):
+    said = Dialogue(helper).turn([text])
+    assert said.action == ASK and said.text == assistant.WORDS[words] and not said.intents
+
+
+def test_small_talk_is_matched_quickly():
+    for pattern in assistant.SMALL_TALK:
+        assert not pattern.fullmatch("hi ok thanks " * 300 + "x")
+
+
 def test_silence_after_a_hand_over_and_a_fresh_start(helper):
     helper.thresholds = assistant.Thresholds(**OPEN)
     talk = Dialogue(helper)

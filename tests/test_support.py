@@ -84,6 +84,25 @@ def test_own_table_of_questions_with_answers(tmp_path):
     assert not any("x = 1" in passage.text for passage in own.passages)
 
 
+def test_best_answers_are_passages_where_nothing_else_is_known(shop):
+    assert desk.searchable(shop) is shop
+    rows = [
+        ("a", ["fees"], "train"),
+        ("b", ["fees", "cards"], "test"),
+        ("c", [], "test"),
+        ("d", ["cards"], "validation"),
+    ]
+    questions = pd.DataFrame(rows, columns=["text", "intents", "split"])
+    own = desk.searchable(desk.Desk(questions, {"fees": "Two euros.", "cards": "By post. In a week."}))
+    assert own.searches[["text", "passage", "quote"]].values.tolist() == [
+        ["a", "best-answer-fees#1", "Two euros."],
+        ["d", "best-answer-cards#1", "By post. In a week."],
+    ]
+    assert {passage.id for passage in own.passages} == set(own.searches["passage"])
+    with pytest.raises(SupportError, match="nothing to reply with"):
+        desk.searchable(desk.Desk(questions))
+
+
 def write_one_intent(folder):
     pd.DataFrame({"text": ["a", "b"], "intent": ["x", "x"], "split": "train"}).to_csv(folder / "t.csv", index=False)
     return {"dataset": str(folder / "t.csv")}

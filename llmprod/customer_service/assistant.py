@@ -21,6 +21,14 @@ ABUSE = re.compile(
     re.IGNORECASE,
 )
 NO = re.compile(r"\W*(?:no+|nope|not really|neither|none(?: of (?:them|these|those))?)\b.{0,40}", re.IGNORECASE)
+SMALL_TALK = {  # the whole message -> what to say
+    re.compile(
+        r"\W*(?:(?:hi|hello|hey|good (?:morning|afternoon|evening|day))(?: there| all)?\W*)*", re.IGNORECASE
+    ): "empty",
+    re.compile(
+        r"\W*(?:(?:many )?thanks?(?: you)?(?: (?:so|very) much| a lot)?|ok(?:ay)?|bye|goodbye|\W)+", re.IGNORECASE
+    ): "thanks",
+}
 WORDS = {  # fixed words of ours
     "grounded": "Here is what our help pages say:",
     "suggested": "I am not sure whether this helps:",
@@ -32,6 +40,7 @@ WORDS = {  # fixed words of ours
     "complaint": "I am sorry to hear that. I pass this on to a colleague who can look into it.",
     "which": "To be sure that I understand: is it about {0}, or about {1}?",
     "empty": "How can I help you?",
+    "thanks": "You are welcome. Is there anything else?",
 }
 
 
@@ -255,8 +264,9 @@ class Dialogue:
         question = " ".join(message.strip() for message in messages if message.strip())
         if self.with_person:
             return Reply(SILENT, reason="a person has taken over", slots=self.slots)
-        if not question:
-            return Reply(ASK, WORDS["empty"], "nothing was written")
+        for pattern, words in SMALL_TALK.items():
+            if pattern.fullmatch(question[:LONGEST]):
+                return Reply(ASK, WORDS[words], "nothing was asked", slots=self.slots)
         if self.asked and NO.fullmatch(question):
             self.with_person = True
             return Reply(HAND_OVER, WORDS["person"], "what was suggested or asked did not help", slots=self.slots)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -156,6 +156,24 @@ def own_table(path: Path, intent_column: str, answer_column: str, seed: int) -> 
         by = by[(by["intent"] != "") & (by["answer"].fillna("").astype(str).str.strip() != "")]
         answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
     return Desk(unmarked(table["text"], intents, table["split"]), answers)
+
+
+def searchable(desk: Desk) -> Desk:
+    """The desk, with its best answers as further passages where no question to its articles is known.
+
+    Retrieval is then trained and judged on questions and their best answers. Raises SupportError where there are none.
+    """
+    if len(desk.searches):
+        return desk
+    if not desk.answers:
+        raise SupportError("There is nothing to reply with: the questions need a column of answers (answer_column).")
+    passages = [Passage(f"best-answer-{name}#1", name.replace("_", " "), text) for name, text in desk.answers.items()]
+    asked = desk.questions[[len(some) == 1 and some[0] in desk.answers for some in desk.questions["intents"]]]
+    intents = asked["intents"].str[0]
+    searches = asked[["text", "split"]].assign(
+        passage=[f"best-answer-{name}#1" for name in intents], quote=intents.map(desk.answers)
+    )
+    return replace(desk, passages=[*desk.passages, *passages], searches=searches.reset_index(drop=True))
 
 
 def unmarked(texts: Iterable[str], intents: Iterable[list[str]], splits: Iterable[str]) -> pd.DataFrame:
