@@ -13,6 +13,7 @@ from llmprod.customer_service import privacy, reply, retrieval, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 
 ANSWER, ASK, HAND_OVER, SILENT = "answer", "ask back", "hand over", "silent"
+FOLLOW_UP = 6  # words of a message, at most, that is read together with what came before ("and from abroad?")
 LONGEST = 5000  # characters of a question; a longer one goes to a person
 PERSON, COMPLAINT = "speak_to_person", "complaint"  # intents that end in a hand-over, if the desk has them
 ABUSE = re.compile(
@@ -136,7 +137,7 @@ class Assistant:
         for start, end, name in understanding.find_slots(question[:LONGEST], self.slots):
             slots[name] = question[start:end]
         intents, sure = self.understand(question[:LONGEST])
-        if context:  # "and from abroad?" means nothing alone: whichever reading is surer
+        if context and len(question.split()) <= FOLLOW_UP:  # means nothing alone: whichever reading is surer
             joined, surer = self.understand(f"{context} {question}"[-LONGEST:])
             intents, sure = (joined, surer) if surer > sure else (intents, sure)
         best, second = [*intents][:2]
