@@ -63,6 +63,13 @@ def test_no_near_copies_between_splits(shop, encoder):
     assert not set(every["text"][every["split"] == "train"]) & set(every["text"][every["split"] != "train"])
 
 
+def test_a_sample_has_at_most_so_many_questions_of_each_split(shop):
+    some = shop.sample(20, seed=1)
+    assert set(some.questions["split"].value_counts()) == {20} == set(some.searches["split"].value_counts())
+    assert set(some.questions["text"]) < set(shop.questions["text"]) and some.passages == shop.passages
+    assert some.questions["text"].tolist() == shop.sample(20, seed=1).questions["text"].tolist()
+
+
 # One's own data
 
 

@@ -70,6 +70,16 @@ class Desk:
         """The names of the intents, sorted."""
         return sorted({intent for some in self.questions["intents"] for intent in some})
 
+    def sample(self, rows: int, seed: int = 0) -> "Desk":
+        """The desk with at most so many questions of each split, and as many searches."""
+
+        def some(table: pd.DataFrame) -> pd.DataFrame:
+            return (
+                table.sample(frac=1, random_state=seed).groupby("split").head(rows).sort_index().reset_index(drop=True)
+            )
+
+        return replace(self, questions=some(self.questions), searches=some(self.searches))
+
     def part(self, split: str) -> pd.DataFrame:
         """The questions of a split."""
         return self.questions[self.questions["split"] == split].reset_index(drop=True)
