@@ -93,7 +93,8 @@ def test_smoke_copy_is_of_today(name):
     overrides = pipeline.profile("smoke").get(name, {})
     assert len(injected) == bool(overrides)
     for parameter, value in overrides.items():
-        assert f"{parameter} = {value!r}" in injected[0].source
+        written = json.dumps(value) if isinstance(value, str) else repr(value)
+        assert f"{parameter} = {written}" in injected[0].source
     assert executed.metadata["llmprod"]["source"] == pipeline.source_hash(name)
     assert all(c.execution_count for c in executed.cells if c.cell_type == "code")
     errors = [o for c in executed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]

@@ -306,6 +306,18 @@ def test_hard_negatives_are_never_the_answer(encoder):
     assert found.shape == (2, 2) and 0 not in found[0] and 2 not in found[1]
 
 
+def test_a_cross_encoder_learns_to_tell_answers_apart(capfd):
+    questions, texts = ["tent pole price", "refund when"] * 8, ["A pole costs 12 euros.", "Refunds take 5 days."] * 8
+    wrong = texts[1:] + texts[:1]
+    ranker = retrieval.train_cross_encoder(
+        "minilm", questions * 2, texts + wrong, [1.0] * 16 + [0.0] * 16, epochs=6, learning_rate=5e-4, batch_size=8
+    )
+    scores = retrieval.rerank(ranker, "tent pole price", texts[:2])
+    assert scores.shape == (2,) and scores[0] > scores[1]
+    assert len(retrieval.rerank(ranker, "x", [])) == 0
+    assert "minilm" not in "".join(capfd.readouterr())
+
+
 # Grounded replies
 
 PAGE = Passage(

@@ -1,5 +1,6 @@
 """Retrieval: BM25 and dense vectors, their fusion, a fine-tuned bi-encoder and a cross-encoder that re-ranks."""
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from transformers.utils import logging as transformers_logging
 
 from llmprod import machine, models
 from llmprod.extras import extra
@@ -188,7 +188,7 @@ def train_cross_encoder(
     A pretrained encoder with a new output (Nogueira & Cho 2019), trained by binary cross-entropy.
     """
     machine.seed_everything(seed)
-    transformers_logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it tells of the new head, with the path
     device, _, _ = machine.device_and_precision("fp32")
     folder = str(models.model_folder(model))
     ranker = CrossEncoder(
