@@ -130,6 +130,7 @@ def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_pat
     [
         ("llmprod/recommendation/scorers.py", {"13_recommendation"}),
         ("llmprod/financial_sentiment/sentiment.py", {"12_financial_sentiment", "14_news_monitoring"}),
+        ("llmprod/customer_service/support_desk/questions.jsonl", {"11_customer_service"}),
         ("llmprod/optimize.py", {"04_optimize", "14_news_monitoring"}),
         ("llmprod/machine.py", {*pipeline.pipeline()}),
         ("llmprod/harness/report.py", set()),
@@ -184,8 +185,8 @@ def test_a_changed_artifact_reruns_what_reads_it(smoke_run, monkeypatch):
     entry = json.loads(json.dumps(artifacts.registry()))
     entry["reuters-r8"]["files"]["reuters-r8-test.tab"]["sha256"] = "0" * 64
     monkeypatch.setattr(artifacts, "registry", lambda: entry)
-    others = {"12_financial_sentiment", "13_recommendation"}
-    assert stale(smoke_run) == {*pipeline.pipeline()} - others, "these two read other data"
+    others = {"11_customer_service", "12_financial_sentiment", "13_recommendation"}
+    assert stale(smoke_run) == {*pipeline.pipeline()} - others, "these read other data"
     monkeypatch.undo()
     entry["reuters-r52"]["files"]["reuters-r52-test.tab"]["sha256"] = "0" * 64
     assert not stale(smoke_run)

@@ -152,14 +152,19 @@ def modules_of(tree: ast.AST) -> dict[str, ast.Module]:
 
 
 def data_files(module: str, tree: ast.Module) -> dict[str, str]:
-    """The files that a module names and that lie next to it, such as word lists, with their fingerprints.
+    """The files and folders of data that a module names and that lie next to it, such as word lists, with fingerprints.
 
     Not the registry of artifacts, of which only the entries count that a parameter names.
     """
     named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    files = {file.name: file for file in module_file(module).parent.iterdir() if file.suffix not in ("", ".py")}
-    names = sorted(named & set(files) - {"artifacts.yaml"})
-    return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in names}
+    near = {path.name: path for path in module_file(module).parent.iterdir() if path.name in named}
+    data = {name: path for name, path in near.items() if path.suffix not in ("", ".py") or holds_data(path)}
+    return {name: artifacts.checksum(str(data[name])) for name in sorted(set(data) - {"artifacts.yaml"})}
+
+
+def holds_data(folder: Path) -> bool:
+    """Whether a path is a folder without code."""
+    return folder.is_dir() and not any(folder.rglob("*.py*"))
 
 
 def code_fingerprint(tree: ast.AST) -> str:
