@@ -128,7 +128,7 @@ def test_nbval_reproduces_the_checked_cells(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout and sorted(p.stem for p in (tmp_path / "smoke/results").glob("*.json")) == NAMES
