@@ -37,7 +37,7 @@ def device_and_precision(precision: str = "auto") -> tuple[torch.device, str, st
         device, name = torch.device("cpu"), f"{can.get('cpu_name') or can.get('architecture')}, {threads} threads"
         has_bf16 = False
     if precision == "auto":
-        reason = "the GPU has bfloat16" if has_bf16 else "float32 gives results that other processors give too"
+        reason = "the GPU has bfloat16" if has_bf16 else "float32, as on every processor"
         return device, "bf16" if has_bf16 else "fp32", f"{name}; {reason}"
     return device, precision, f"{name}; {precision} was asked for"
 

@@ -19,6 +19,7 @@ settings.load_profile("llmprod")
 RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by themselves, for minutes
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups: otherwise there are none
 def pytest_collection_modifyitems(items):
     """Groups tests for the workers: those on the smoke run share it, those of a file share its fixtures.
 

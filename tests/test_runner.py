@@ -227,8 +227,9 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert list((tmp_path / "home/runs").rglob("01_data.ipynb")), "the executed copy stays"
 
     columns = "text_column=body label_column=topic"
-    right = llmprod("run", "--profile", "smoke", "--notebook", "03_evaluate", "--params", f"{common} {columns}", **home)
+    right = llmprod("reproduce", "--profile", "smoke", "--params", f"{common} {columns}", **home)
     assert right.returncode == 0, right.stderr
+    assert "NOT COMPARABLE" in right.stdout and "dataset: " in right.stdout
     (result,) = (tmp_path / "home/runs").rglob("03_evaluate.json")
     assert json.loads(result.read_text())["metrics"]["accuracy"]["n"] == 24
     table = results.verify(result.parents[1]).query("notebook == '03_evaluate'")

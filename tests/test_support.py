@@ -1,6 +1,5 @@
 """The customer-service desk: its data, personal data, slots, retrieval, grounded replies."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -210,9 +209,7 @@ def test_masking_a_long_text_is_quick():
 def test_slots_of_the_desk(shop):
     text = "I paid €49.90 on 12 May with the card ending in 4412, order mf 204518"
     found = {name: text[start:end] for start, end, name in understanding.find_slots(text, shop.slots)}
-    assert found == {"amount": "€49.90", "date": "12 May", "card_last4": "4412", "order_number": "mf 204518"} or (
-        found["date"].endswith("12 May") and found["card_last4"] == "4412" and "204518" in found["order_number"]
-    )
+    assert found == {"amount": "€49.90", "date": "12 May", "card_last4": "4412", "order_number": "mf 204518"}
     assert (evaluation.slot_scores(shop, "test").query("n > 10")["F1"] > 0.85).all()
     with pytest.raises(SupportError, match="slot x: the pattern"):
         understanding.find_slots("text", {"x": {"pattern": "("}})
@@ -282,8 +279,10 @@ def test_bm25_vectors_and_fusion_find(encoder):
         assert numbers[:, 0].tolist() == [0, 1] and numbers.shape == (2, 3)
         assert (np.diff(scores, axis=1) <= 1e-6).all()
     index.weight = 1.0
-    alone, with_context = (index.search(["only those?"], 1, some)[0][0, 0] for some in ([], ["how do boots fit"]))
-    assert with_context == 2 and index.search([""], 2)[0].shape == (1, 2) and alone in (0, 1, 2)
+    of_context = {some: index.search(["only those?"], 1, [some])[0][0, 0] for some in ("how do boots fit", "tent pole")}
+    assert of_context == {"how do boots fit": 2, "tent pole": 0} and index.search([""], 2)[0].shape == (1, 2)
+    known = retrieval.embed(encoder, ["price of a tent pole"])
+    assert index.search(["anything"], 1, queries=known)[0][0, 0] == 0
 
 
 def test_ranking_metrics_equal_trec_eval():
@@ -361,8 +360,3 @@ def test_extracted_sentences_are_those_of_articles():
 )
 def test_a_wrong_premise_is_noticed(question, differs):
     assert reply.contradicted(question, PAGE.text) == differs
-
-
-def test_the_desk_is_json_and_utf8():
-    for path in desk.OWN.glob("*.jsonl"):
-        assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())

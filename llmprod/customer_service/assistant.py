@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sklearn.linear_model import LogisticRegression
 
 from llmprod import files, machine
 from llmprod.customer_service import privacy, reply, retrieval, understanding
@@ -82,15 +84,13 @@ class Answerable:
     @classmethod
     def fit(cls, features: np.ndarray, right: np.ndarray) -> "Answerable":
         """From features (questions, 2) and whether the passage answered."""
-        from sklearn.linear_model import LogisticRegression
-
         model = LogisticRegression().fit(features, right)
         return cls([*model.coef_[0].tolist(), float(model.intercept_[0])])
 
     def probability(self, features: np.ndarray) -> np.ndarray:
         """The probability of each row of `features`."""
         *slopes, constant = self.weights
-        return 1 / (1 + np.exp(-(features @ np.array(slopes) + constant)))
+        return expit(features @ np.array(slopes) + constant)
 
 
 @dataclass
@@ -107,22 +107,27 @@ class Assistant:
     thresholds: Thresholds
     found: int = 5  # passages that are read for an answer
     write: Callable[[str, Sequence[Passage]], str] | None = None  # a generator, in place of extraction
+    vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # of articles' sentences, once read
 
     def rank(self, question: str, texts: Sequence[str]) -> np.ndarray:
-        """How well each text answers: the cross-encoder's logit, or 10 times the cosine without one."""
+        """How well each text of an article answers: the cross-encoder's logit, or 10 times the cosine without one."""
         if self.ranker is not None:
             return retrieval.rerank(self.ranker, question, texts)
-        vectors = retrieval.embed(self.index.encoder, [question, *texts])
-        return 10 * vectors[1:] @ vectors[0]
+        new = [text for text in texts if text not in self.vectors]
+        query, *vectors = retrieval.embed(self.index.encoder, [question, *new])
+        self.vectors |= dict(zip(new, vectors, strict=True))
+        return 10 * np.array([self.vectors[text] @ query for text in texts])
 
     def search(self, question: str, context: str = "") -> tuple[list[Passage], np.ndarray]:
         """The passages for a question, best first, and the features of `Answerable` (cosine, logit) of the best."""
-        numbers, _ = self.index.search([question], self.found, [context] if context else ())
-        found = [self.passages[n] for n in numbers[0]]
-        scores = self.rank(question, [passage.indexed for passage in found])
-        best = int(np.argmax(scores))
-        cosine = float(self.index.vectors[numbers[0][best]] @ retrieval.embed(self.index.encoder, [question])[0])
-        return [found[n] for n in np.argsort(-scores, kind="stable")], np.array([cosine, scores[best]])
+        query = retrieval.embed(self.index.encoder, [question])
+        numbers, _ = self.index.search([question], self.found, [context] if context else (), query)
+        found, cosines = [self.passages[n] for n in numbers[0]], self.index.vectors[numbers[0]] @ query[0]
+        scores = 10 * cosines
+        if self.ranker is not None:
+            scores = retrieval.rerank(self.ranker, question, [passage.indexed for passage in found])
+        order = np.argsort(-scores, kind="stable")
+        return [found[n] for n in order], np.array([cosines[order[0]], scores[order[0]]])
 
     def understand(self, question: str) -> tuple[dict[str, float], float]:
         """The three most probable intents with their probabilities, and the confidence in the best one."""

@@ -80,6 +80,10 @@ class Desk:
 
         return replace(self, questions=some(self.questions), searches=some(self.searches))
 
+    def answerable(self, split: str) -> pd.DataFrame:
+        """The searches of a split that an article answers."""
+        return self.searches[(self.searches["split"] == split) & (self.searches["passage"] != "")]
+
     def part(self, split: str) -> pd.DataFrame:
         """The questions of a split."""
         return self.questions[self.questions["split"] == split].reset_index(drop=True)
@@ -134,7 +138,6 @@ def support_desk() -> Desk:
     of_article = {}
     for passage in passages:
         of_article.setdefault(passage.article, []).append(passage)
-    searches["quote"] = searches.pop("quote").fillna("")
     searches["passage"] = [
         next((p.id for p in of_article[article] if quote in p.text), "") if quote else ""
         for article, quote in zip(searches["article"], searches["quote"], strict=True)

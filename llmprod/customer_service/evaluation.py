@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from llmprod.customer_service import reply
 from llmprod.customer_service.assistant import ANSWER, Assistant
 from llmprod.customer_service.desk import Desk, Passage
-from llmprod.customer_service.understanding import find_slots
+from llmprod.customer_service.understanding import confidence, find_slots
 from llmprod.evaluate import metrics
 
 KINDS = ("intents", "articles", "in no article", "trade", "other")
@@ -92,7 +92,7 @@ def quoted(said: Sequence[str], quote: str) -> bool:
     return bool(quote) and any(sentence in quote or quote in sentence for sentence in said)
 
 
-def precision_curve(confidence: np.ndarray, right: np.ndarray, in_scope: np.ndarray, share: float) -> pd.DataFrame:
+def precision_curve(sure: np.ndarray, right: np.ndarray, in_scope: np.ndarray, share: float) -> pd.DataFrame:
     """Selective answering in traffic of which `share` is out of scope: one row for each threshold.
 
     Questions out of scope are weighted so that they make up `share`; with 0 they are left out. Columns: `threshold`,
@@ -101,8 +101,8 @@ def precision_curve(confidence: np.ndarray, right: np.ndarray, in_scope: np.ndar
     """
     odds = share / (1 - share) * in_scope.sum() / max(1, (~in_scope).sum())
     weight = np.where(in_scope, 1.0, odds)
-    order = np.argsort(-confidence, kind="stable")
-    value, weight, good, inside = confidence[order], weight[order], (right & in_scope)[order], in_scope[order]
+    order = np.argsort(-sure, kind="stable")
+    value, weight, good, inside = sure[order], weight[order], (right & in_scope)[order], in_scope[order]
     ends = np.append(value[1:] < value[:-1], True) & (weight.cumsum() > 0)
     total = weight.cumsum()[ends]
     return pd.DataFrame(
@@ -128,8 +128,8 @@ def share(successes: int, n: int) -> dict[str, object]:
 
 def scope_scores(probabilities: np.ndarray, likeness: np.ndarray) -> Mapping[str, np.ndarray]:
     """Three confidences that a question is in scope: of the classifier, of the nearest known question, of both."""
-    best = probabilities.max(axis=1)
-    return {"probability": best, "likeness": likeness, "product": best * likeness}
+    both = confidence(probabilities, likeness)
+    return {"probability": probabilities.max(axis=1), "likeness": likeness, "product": both}
 
 
 def slot_scores(desk: Desk, split: str) -> pd.DataFrame:

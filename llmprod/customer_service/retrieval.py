@@ -17,9 +17,11 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import PrinterCallback, Trainer
 
 from llmprod import machine, models
 from llmprod.extras import extra
+from llmprod.finetune.fewshot import sentence_arguments
 
 with extra("support"):
     import bm25s
@@ -62,16 +64,20 @@ class Index:
         settings = {"stopwords": "en", "stemmer": self.stemmer, "return_ids": False, "show_progress": False}
         return bm25s.tokenize(list(texts), **settings)
 
-    def search(self, texts: Sequence[str], k: int = 10, contexts: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, texts: Sequence[str], k: int = 10, contexts: Sequence[str] = (), queries: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and scores of the best `k` passages for each text, both of shape (texts, k).
 
         `contexts` are the customer's earlier turns: their vector counts half ("only those?" means nothing alone).
+        `queries` are the vectors of the texts, if they are known already.
         """
         k = min(k, len(self.texts))
         many = min(len(self.texts), max(50, k)) if 0 < self.weight < 1 else k
         scores, numbers = np.zeros((len(texts), 0)), np.zeros((len(texts), 0), dtype=int)
-        queries = embed(self.encoder, texts)
-        if any(contexts):
+        if queries is None and self.weight > 0:
+            queries = embed(self.encoder, texts)
+        if any(contexts) and self.weight > 0:
             queries = queries + 0.5 * embed(self.encoder, contexts) * np.array([[bool(c)] for c in contexts])
             queries /= np.linalg.norm(queries, axis=1, keepdims=True)
         if self.weight > 0:
@@ -113,31 +119,18 @@ def embed(encoder: SentenceTransformer, texts: Sequence[str]) -> np.ndarray:
     return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=len(texts) > 5000, batch_size=64)
 
 
-def arguments(kind: type, epochs: float, learning_rate: float, batch_size: int, seed: int, **more: object) -> object:
-    """The library's training arguments; nothing is written to the folder."""
-    device, _, _ = machine.device_and_precision("fp32")
-    return kind(
-        tempfile.gettempdir(),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=0.1,
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        **more,
-    )
-
-
 def lighten(encoder: torch.nn.Module) -> None:
     """Turns dropout off and leaves the token embeddings as they are, as in `02_finetune`: steps are twice as fast."""
     encoder.embeddings.requires_grad_(False)
     for part in encoder.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
+
+
+def run(trainer: Trainer) -> None:
+    """Trains without printing the library's summary, whose seconds differ from run to run."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def train_encoder(
@@ -159,11 +152,10 @@ def train_encoder(
     machine.seed_everything(seed)
     lighten(encoder[0].auto_model)
     columns = {"anchor": list(questions), "positive": list(texts)} | ({"negative": list(hard)} if len(hard) else {})
-    settings = arguments(
-        SentenceTransformerTrainingArguments, epochs, learning_rate, batch_size, seed, batch_sampler="no_duplicates"
-    )
-    loss = MultipleNegativesRankingLoss(encoder)
-    SentenceTransformerTrainer(encoder, settings, train_dataset=Dataset.from_dict(columns), loss=loss).train()
+    settings = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    kind, loss = SentenceTransformerTrainingArguments, MultipleNegativesRankingLoss(encoder)
+    arguments = sentence_arguments(kind, tempfile.gettempdir(), **settings, batch_sampler="no_duplicates")
+    run(SentenceTransformerTrainer(encoder, arguments, train_dataset=Dataset.from_dict(columns), loss=loss))
 
 
 def mine(index: Index, questions: Sequence[str], gold: Sequence[int], count: int = 3, k: int = 20) -> np.ndarray:
@@ -196,8 +188,9 @@ def train_cross_encoder(
     )
     lighten(ranker.model.base_model)
     rows = Dataset.from_dict({"question": list(questions), "text": list(texts), "label": [float(v) for v in labels]})
-    settings = arguments(CrossEncoderTrainingArguments, epochs, learning_rate, batch_size, seed)
-    CrossEncoderTrainer(ranker, settings, train_dataset=rows, loss=BinaryCrossEntropyLoss(ranker)).train()
+    settings = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    arguments = sentence_arguments(CrossEncoderTrainingArguments, tempfile.gettempdir(), **settings)
+    run(CrossEncoderTrainer(ranker, arguments, train_dataset=rows, loss=BinaryCrossEntropyLoss(ranker)))
     return ranker
 
 

@@ -135,14 +135,12 @@ def best_snippets(parameters: Mapping[str, object]) -> dict:
 
     def f1(found: list, threshold: float) -> float:
         hit = sum(((score >= threshold) & good).sum() for score, good, _ in found)
-        return (
-            2
-            * hit
-            / max(1, sum((score >= threshold).sum() for score, _, _ in found) + sum(count for *_, count in found))
-        )
+        chosen = sum((score >= threshold).sum() for score, _, _ in found)
+        return 2 * hit / max(1, chosen + sum(count for *_, count in found))
 
-    of_valid, started = scored(valid), time.perf_counter()
+    of_valid = scored(valid)
     threshold = max(np.linspace(-3, 3, 61), key=lambda t: f1(of_valid, t))
+    started = time.perf_counter()
     found = scored(test)
     rate = sum(len(score) for score, *_ in found) / (time.perf_counter() - started)
     ranked = [good[np.argsort(-score, kind="stable")] for score, good, _ in found]
@@ -187,7 +185,7 @@ def passages(parameters: Mapping[str, object]) -> dict:
     encoder = retrieval.load_encoder(parameters["model"], parameters["max_length"])
     vectors = {name: retrieval.embed(encoder, pool) for name, pool in pools.items()}
 
-    def found(collections: Sequence[str], weight: float) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def found(collections: Sequence[str], weight: float) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
         every, sims, answerable = [], [], []
         for name in collections:
             index = retrieval.Index(pools[name], encoder, weight, vectors[name])
@@ -227,14 +225,10 @@ def generated(parameters: Mapping[str, object]) -> dict:
     """
     support_desk = desk.load()
     by_id = {passage.id: passage for passage in support_desk.passages}
-    rows = support_desk.searches[
-        (support_desk.searches["split"] == parameters["split"]) & (support_desk.searches["passage"] != "")
-    ]
+    rows = support_desk.answerable(parameters["split"])
     generator = reply.Generator.load(parameters["generator"])
     if parameters["steps"]:
-        train = support_desk.searches[
-            (support_desk.searches["split"] == "train") & (support_desk.searches["passage"] != "")
-        ]
+        train = support_desk.answerable("train")
         reply.tune(
             generator,
             train["text"].tolist(),

@@ -78,11 +78,12 @@ class Understanding:
         columns = [k for k, label in enumerate(self.predictor.labels) if label != OUT_OF_SCOPE]
         return probabilities[:, columns], (vectors @ self.known.T).max(axis=1).clip(0, 1)
 
-    def several(self, probabilities: np.ndarray) -> list[list[str]]:
+    def several(self, probabilities: np.ndarray, second: float | None = None) -> list[list[str]]:
         """The intents of each text, the most probable first: the best one, and others from probability `second`."""
+        second = self.second if second is None else second
         order = np.argsort(-probabilities, axis=1, kind="stable")
         return [
-            [self.intents[k] for i, k in enumerate(row) if i == 0 or p[k] >= self.second]
+            [self.intents[k] for i, k in enumerate(row) if i == 0 or p[k] >= second]
             for row, p in zip(order, probabilities, strict=True)
         ]
 
@@ -90,11 +91,8 @@ class Understanding:
         """The threshold of further intents with the best micro-F1 on validation questions."""
         some = questions[[bool(intents) for intents in questions["intents"]]]
         probabilities, _ = self.read(some["text"].tolist())
-        grid = np.arange(0.1, 0.5, 0.05)
-        scores = []
-        for self.second in grid:
-            scores.append(several_f1(some["intents"], self.several(probabilities)))
-        return float(grid[int(np.argmax(scores))])
+        grid = np.arange(0.1, 0.5, 0.05).tolist()
+        return max(grid, key=lambda second: several_f1(some["intents"], self.several(probabilities, second)))
 
     def save(self, folder: Path, card: str) -> None:
         """Writes the classifier and what it was calibrated to."""

@@ -98,14 +98,38 @@ def train_contrastive(
                 rows["sentence1"].append(texts[i])
                 rows["sentence2"].append(texts[int(j)])
                 rows["label"].append(target)
-    device, precision, _ = device_and_precision(predictor.precision)
+    device, _, _ = device_and_precision(predictor.precision)
     model, max_length = predictor.model, predictor.tokenizer.model_max_length
     transformer = Transformer(str(model_folder(model.name_or_path)), max_seq_length=max_length)
     transformer.model = model.encoder
     sentences = SentenceTransformer(modules=[transformer, Pooling(model.config.hidden_size)], device=str(device))
-    arguments = SentenceTransformerTrainingArguments(
+    settings = {
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": predictor.precision,
+    }
+    arguments = sentence_arguments(SentenceTransformerTrainingArguments, folder, **settings)
+    SentenceTransformerTrainer(
+        model=sentences, args=arguments, train_dataset=Dataset.from_dict(rows), loss=CosineSimilarityLoss(sentences)
+    ).train()
+
+
+def sentence_arguments(
+    kind: type,
+    folder: str,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    epochs: float = 1,
+    precision: str = "fp32",
+    **more: object,
+) -> object:
+    """Training arguments of sentence-transformers' `kind`; nothing is saved, reported or shown."""
+    device, precision, _ = device_and_precision(precision)
+    return kind(
         folder,
-        num_train_epochs=1,
+        num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         warmup_steps=0.1,
@@ -115,7 +139,5 @@ def train_contrastive(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
-    SentenceTransformerTrainer(
-        model=sentences, args=arguments, train_dataset=Dataset.from_dict(rows), loss=CosineSimilarityLoss(sentences)
-    ).train()
