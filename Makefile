@@ -47,7 +47,7 @@ reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
 	$(LLMPROD) reproduce --profile $(PROFILE) --params '$(PARAMS)'
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 run: $(READY)  ## run NOTEBOOK (or all) and the notebooks it needs, in PROFILE, with PARAMS
 	$(LLMPROD) run --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'

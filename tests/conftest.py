@@ -19,16 +19,15 @@ settings.load_profile("llmprod")
 RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by themselves, for minutes
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups: otherwise there are none
-def pytest_collection_modifyitems(items):
-    """Groups tests for the workers: those on the smoke run share it, those of a file share its fixtures.
+def pytest_itemcollected(item):
+    """Groups tests for the workers, before xdist reads the groups: those on the smoke run share it, files their fixtures."""
+    long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")
+    group = "smoke" if "smoke_run" in item.fixturenames else long or item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
 
-    What takes longest comes first, so that no worker ends with it.
-    """
-    for item in items:
-        long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")
-        group = "smoke" if "smoke_run" in item.fixturenames else long or item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that no worker ends with it."""
     order = {"smoke": 0, **dict.fromkeys(RUNS_NOTEBOOKS, 1)}
     items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], 2))
 
