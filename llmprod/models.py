@@ -152,7 +152,7 @@ class Predictor:
     Texts are cut at `tokenizer.model_max_length`, which a checkpoint keeps from its training.
     """
 
-    model: torch.nn.Module  # a Classifier, or a module with its `config` and outputs (see `optimize.int8`)
+    model: torch.nn.Module  # a Classifier, or a module with its `config` and outputs (see `export.int8`)
     tokenizer: PreTrainedTokenizerBase
     precision: str = "auto"  # see `machine.device_and_precision`
     batch_size: int = 64  # texts in a batch

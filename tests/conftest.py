@@ -20,7 +20,7 @@ RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by thems
 
 
 def pytest_itemcollected(item):
-    """Groups tests for the workers, before xdist reads the groups: those on the smoke run share it, files their fixtures."""
+    """Groups tests before xdist reads the groups: those on the smoke run share it, those of a file its fixtures."""
     long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")
     group = "smoke" if "smoke_run" in item.fixturenames else long or item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))

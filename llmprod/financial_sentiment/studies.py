@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from llmprod import artifacts, data, machine, optimize
+from llmprod import artifacts, data, machine
 from llmprod.evaluate import metrics
 from llmprod.evaluate.studies import fitted
 from llmprod.financial_sentiment import entities, multitask, recognizer, sentiment, weak_labels
+from llmprod.optimize import export
 
 
 def training_of(parameters: Mapping[str, object]) -> dict[str, object]:
@@ -36,7 +37,7 @@ def rating(parameters: Mapping[str, object]) -> dict:
     if parameters["int8"]:
         with tempfile.TemporaryDirectory() as folder:
             predictor.save(Path(folder) / "float", "")
-            predictor = optimize.int8(Path(folder) / "float", batch_size=64)
+            predictor = export.int8(Path(folder) / "float", batch_size=64)
     thresholds = sentiment.fit_thresholds(multitask.rate(predictor, validation["text"]), validation["sentiment"])
     shown = validation if parameters["split"] == "validation" else test
     ratings, inference = timed(multitask.rate, predictor, shown["text"])

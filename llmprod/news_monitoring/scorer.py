@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from llmprod import files, models, optimize
+from llmprod import files, models
 from llmprod.financial_sentiment import multitask, passages, sentiment
 from llmprod.financial_sentiment.recognizer import Recognizer
 from llmprod.news_monitoring import surge
 from llmprod.news_monitoring.documents import Document, NewsError
+from llmprod.optimize import export
 
 
 @dataclass
@@ -87,11 +88,11 @@ class Scorer:
         """Reads what `MonitorConfig.save` wrote.
 
         Args:
-            precision: as in `machine.device_and_precision`, or "int8": see `optimize.int8`, faster on a processor
+            precision: as in `machine.device_and_precision`, or "int8": see `export.int8`, faster on a processor
             every: see `MonitorConfig.for_rate`
         """
         self.config = MonitorConfig.load(folder).for_rate(every)
-        load = optimize.int8 if precision == "int8" else partial(models.Predictor.load, precision=precision)
+        load = export.int8 if precision == "int8" else partial(models.Predictor.load, precision=precision)
         self.ratings = load(folder / "sentiment")
         self.topics = load(folder / "topics") if (folder / "topics").is_dir() else None
         fine = "auto" if precision == "int8" else precision

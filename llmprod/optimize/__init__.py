@@ -1,0 +1,1 @@
+"""04_optimize: hyper-parameter search; smaller and faster models."""
