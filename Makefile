@@ -6,6 +6,7 @@ STUDY    ?=
 BENCH    ?= training
 PARAMS   ?=
 SEEDS    ?= 0 1 2
+STORE    ?= runs/answers.sqlite
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.
@@ -21,7 +22,7 @@ READY := $(ENV)/.llmprod-ready
 LLMPROD = $(BIN)/python -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test run smoke verify report bench reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify report bench reference study lab lint pin sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
@@ -43,8 +44,8 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 	  git config merge.jupyternotebook.driver '"$(abspath $(BIN))/git-nbmergedriver" merge %O %A %B %L %P'; } || true
 	@touch $@
 
-reproduce: $(READY)  ## run all notebooks, write the report, print the verdict
-	$(LLMPROD) reproduce --profile $(PROFILE) --params '$(PARAMS)'
+reproduce: $(READY)  ## run all notebooks (or NOTEBOOK and those it needs), write the report, print the verdict
+	$(LLMPROD) reproduce --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'
 
 test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
@@ -54,6 +55,12 @@ run: $(READY)  ## run NOTEBOOK (or all) and the notebooks it needs, in PROFILE, 
 
 smoke: $(READY)  ## run all notebooks on tiny subsets, into reports/smoke, which nbval checks
 	$(LLMPROD) run --profile smoke
+
+serve: $(READY)  ## answer over HTTP with what 05_deploy made, keep answers and feedback, show a page
+	$(LLMPROD) serve --store '$(STORE)' --page
+
+iterate: $(READY)  ## train on the reviewed feedback in STORE; promote the new model if it is better and forgets nothing
+	$(LLMPROD) iterate --store '$(STORE)'
 
 verify: $(READY)  ## print the verdict on the last run
 	$(LLMPROD) verify --profile $(PROFILE)

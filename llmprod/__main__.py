@@ -48,6 +48,18 @@ def parser() -> argparse.ArgumentParser:
     bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
     answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
 
+    serving = command(
+        "serve", serve, "answer over HTTP with a bundle, or with what a registry of bundles names as current"
+    )
+    served = paths.REPORTS / "cpu" / "work" / "05_deploy" / "served"
+    serving.add_argument("bundle", nargs="?", default=served, help="a bundle or a registry (%(default)s)")
+    serving.add_argument("--host", default="127.0.0.1", help="another than this machine needs $LLMPROD_API_KEY")
+    serving.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    serving.add_argument("--store", default="", help="where answers and feedback go: a file, or postgresql://…")
+    serving.add_argument("--assistant", default="", help="what 11_customer_service saved, for /answer")
+    serving.add_argument("--rate", type=float, default=0.0, help="requests a second of one client; 0: no limit")
+    serving.add_argument("--page", action="store_true", help="a page to try it, at /")
+
     watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
     text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
     watch.add_argument("--source", action="append", required=True, help=text)
@@ -127,7 +139,7 @@ def verify(options: argparse.Namespace) -> int:
     from llmprod.harness import pipeline, results, runner
 
     folder = runner.folder_for(options.profile, pipeline.parse_parameters(getattr(options, "params", "")))
-    table = results.verify(folder)
+    table = results.verify(folder, getattr(options, "notebook", ""))
     print(results.markdown(table))
     print(f"\n{results.tally(table)}")
     return int(table["verdict"].isin([results.DRIFTED, results.MISSING]).any())
@@ -180,6 +192,44 @@ def answer_question(options: argparse.Namespace) -> int:
         if said.action == "hand over":
             print(f"  for the agent: {json.dumps(said.summary(), ensure_ascii=False)}", file=sys.stderr, flush=True)
     return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.deploy import bundle, guard, page, registry, service
+
+    machine.set_threads()
+    machine.quiet()
+    folder = Path(options.bundle)
+    source = registry.Registry(folder) if (folder / registry.STATE).exists() else bundle.load(folder)
+    store = opened_store(options.store) if options.store else None
+    app = service.build(source, store, guard.Limits(rate=options.rate), opened_assistant(options.assistant))
+    service.run(page.mount(app) if options.page else app, options.host, options.port)
+    return 0
+
+
+def opened_store(place: str) -> object:
+    from llmprod.customer_service.privacy import mask
+    from llmprod.feedback.store import Store
+
+    return Store(place if "://" in place else f"sqlite:///{Path(place).resolve()}", mask)
+
+
+def opened_assistant(place: str) -> Callable | None:
+    if not place:
+        return None
+    from llmprod.customer_service.assistant import Assistant, Dialogue
+
+    assistant = Assistant.load(Path(place))
+
+    def answer(turns: list[str]) -> dict:
+        dialogue = Dialogue(assistant)
+        for turn in turns:
+            said = dialogue.turn([turn])
+        summary = said.summary() if said.action == "hand over" else {}
+        return {"action": said.action, "text": said.text, "summary": summary}
+
+    return answer
 
 
 def monitor_stream(options: argparse.Namespace) -> int:

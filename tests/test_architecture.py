@@ -13,7 +13,7 @@ from llmprod import paths
 from llmprod.harness import pipeline, report, study
 
 GROUND = ("paths", "files", "machine", "artifacts", "extras")
-CHAIN = ("data", "models", "finetune", "evaluate", "optimize")
+CHAIN = ("data", "models", "finetune", "evaluate", "optimize", "deploy", "feedback")
 CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}
 HARNESS_ORDER = ("pipeline", "track", "results", "runner", "study", "report")

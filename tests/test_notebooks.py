@@ -112,7 +112,11 @@ def test_committed_copies_tell_nothing_of_their_machine(folder):
 
 
 def test_nbval_reproduces_the_checked_cells(tmp_path):
-    """nbval runs the smoke copies again, in order, and compares the cells that are marked to be checked."""
+    """nbval runs the smoke copies of the chain's core again, in order, and compares the cells that are marked.
+
+    The marked cells of all notebooks are compared in `test_smoke_run_gives_the_numbers_of_the_committed_copies`.
+    """
+    names = ["01_data", "02_finetune", "03_evaluate"]
     options = ["--nbval-lax", "--nbval-cell-timeout=600", "-p", "no:cacheprovider", "-o", "addopts=", "-q"]
     done = subprocess.run(
         [
@@ -122,7 +126,7 @@ def test_nbval_reproduces_the_checked_cells(tmp_path):
             *options,
             "--rootdir",
             str(SMOKE),
-            *(f"{SMOKE}/{name}.ipynb" for name in NAMES),
+            *(f"{SMOKE}/{name}.ipynb" for name in names),
         ],
         env=os.environ | {"LLMPROD_RUN": str(tmp_path / "smoke")},
         cwd=tmp_path,
@@ -131,7 +135,7 @@ def test_nbval_reproduces_the_checked_cells(tmp_path):
         timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout and sorted(p.stem for p in (tmp_path / "smoke/results").glob("*.json")) == NAMES
+    assert " passed" in done.stdout and sorted(p.stem for p in (tmp_path / "smoke/results").glob("*.json")) == names
 
 
 def test_smoke_run_gives_the_numbers_of_the_committed_copies(smoke_run):

@@ -15,7 +15,7 @@ import yaml
 from llmprod import LLMProdError, machine, paths
 from llmprod.files import read_json, write_json
 from llmprod.harness import track
-from llmprod.harness.pipeline import pipeline
+from llmprod.harness.pipeline import pipeline, with_upstream
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 
@@ -177,9 +177,9 @@ def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, 
     return {"verdict": REPRODUCED, "reason": ""}
 
 
-def verify(folder: Path) -> pd.DataFrame:
-    """The verdict table of a run's folder, over every notebook of the pipeline."""
-    return verdict(results(folder), reference(folder.name), list(pipeline()))
+def verify(folder: Path, notebook: str = "") -> pd.DataFrame:
+    """The verdict table of a run's folder, over a notebook and those that it needs; by default over all."""
+    return verdict(results(folder), reference(folder.name), with_upstream(notebook) if notebook else list(pipeline()))
 
 
 def tally(table: pd.DataFrame) -> str:

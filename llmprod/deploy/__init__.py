@@ -1,0 +1,1 @@
+"""05_deploy: one folder that holds all that is served, the service, its page."""

@@ -1,0 +1,86 @@
+"""Load tests: clients that ask a running service one text after the other; in a process of their own.
+
+`python -m llmprod.deploy.load http://127.0.0.1:8000 texts.json --clients 16 --seconds 5` prints one line of JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx2
+import numpy as np
+
+
+async def client(
+    session: httpx2.AsyncClient, texts: Sequence[str], number: int, until: float, seen: list[dict]
+) -> None:
+    """Asks text after text until a time; notes when each answer came, how long it took, its status, its bundle."""
+    turn = number
+    while (started := time.perf_counter()) < until:
+        try:
+            reply = await session.post("/classify", json={"texts": [texts[turn % len(texts)]]})
+            status = reply.status_code
+            bundle = reply.json()["answers"][0]["bundle"] if status == 200 else ""
+            pause = float(reply.headers.get("Retry-After", 0)) if status == 429 else 0.0
+        except httpx2.HTTPError as error:
+            status, bundle, pause = type(error).__name__, "", 0.0
+        seen.append(
+            {"at": time.perf_counter(), "seconds": time.perf_counter() - started, "status": status, "bundle": bundle}
+        )
+        turn += 1
+        await asyncio.sleep(min(pause, max(0.0, until - time.perf_counter())))
+
+
+async def drive(url: str, texts: Sequence[str], clients: int, seconds: float) -> dict:
+    """The load of some clients for some seconds: requests by status, texts a second, latencies in ms.
+
+    `timeline` has the requests that each bundle answered in each tenth of the time.
+    """
+    limits, seen = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients), []
+    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=30) as session:
+        await session.post("/classify", json={"texts": [texts[0]]})
+        started = time.perf_counter()
+        await asyncio.gather(*(client(session, texts, i, started + seconds, seen) for i in range(clients)))
+        took = time.perf_counter() - started
+    good = np.array([row["seconds"] for row in seen if row["status"] == 200])
+    tenth = [
+        Counter(r["bundle"] for r in seen if int(10 * (r["at"] - started) / took) == i and r["bundle"])
+        for i in range(11)
+    ]
+    return {
+        "clients": clients,
+        "requests": len(seen),
+        "status": dict(Counter(str(row["status"]) for row in seen)),
+        "requests/s": len(good) / took,
+        "p50, ms": 1000 * float(np.quantile(good, 0.5)) if len(good) else None,
+        "p99, ms": 1000 * float(np.quantile(good, 0.99)) if len(good) else None,
+        "timeline": [dict(counts) for counts in tenth[:10]],
+    }
+
+
+def start(url: str, texts: Path, clients: int, seconds: float) -> subprocess.Popen:
+    """Starts a load test in another process; `result` waits for it."""
+    command = [sys.executable, "-m", __name__, url, str(texts), "--clients", str(clients), "--seconds", str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen) -> dict:
+    """What a load test found."""
+    return json.loads(process.communicate()[0])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("texts", type=Path, help="a JSON file with a list of texts")
+    parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    asked = json.loads(options.texts.read_text(encoding="utf-8"))
+    print(json.dumps(asyncio.run(drive(options.url, asked, options.clients, options.seconds))))

@@ -1,0 +1,368 @@
+"""From a user's word to another bundle: the store, the review queue, promotion, sequential tests, clicks, drift."""
+
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprod import LLMProdError, data
+from llmprod.deploy import bundle
+from llmprod.deploy.registry import Registry
+from llmprod.evaluate import drift
+from llmprod.feedback import off_policy, promotion, review, sequential, watch
+from llmprod.feedback.store import FeedbackError, Store
+from llmprod.finetune import fewshot
+from llmprod.finetune.recipe import Recipe
+from llmprod.models import Predictor
+
+# The store
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request, tmp_path):
+    """An empty store in each database; the clock counts 0, 1, 2, …"""
+    url = f"sqlite:///{tmp_path / 'store.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres")
+    with Store(url, mask=lambda text: text.replace("a@b.c", "[email]"), clock=iter(range(10**6)).__next__) as opened:
+        yield opened
+        opened.delete_before(float("inf"))
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The address of a PostgreSQL server of our own, on a free port of this machine."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.skip("no PostgreSQL server in /usr/lib/postgresql: apt-get install postgresql")
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    as_root = os.getuid() == 0  # the server refuses to run as root
+    user = ("postgres" if "postgres" in names else "nobody") if as_root else None
+    folder = tmp_path_factory.mktemp("postgres")
+    if as_root:
+        for part in (folder, *list(folder.parents)[:2]):
+            part.chmod(0o755)
+        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+
+    def command(name: str, *arguments: str) -> None:
+        subprocess.run(
+            [found[-1] / name, *arguments], user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=120
+        )
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command("initdb", "-D", f"{folder}/data", "-U", "tester", "-A", "trust", "--no-sync")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    command("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
+    yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
+    command("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+
+
+def answer(store: Store, request: str, user: str = "u1", **changes: object) -> None:
+    """Stores an answer."""
+    row = {"request": request, "bundle": "b", "text": f"text {request}", "label": "earn", "confidence": 0.9}
+    store.add_answer(**{**row, "user": user} | changes)
+
+
+def test_an_answer_is_stored_once_and_masked(store):
+    answer(store, "r1", text="write to a@b.c")
+    answer(store, "r1", text="something else")
+    store.add_answers([])
+    (row,) = store.table("answers").to_dict("records")
+    assert (row["text"], row["source"], row["shadow"]) == ("write to [email]", "classify", "")
+    with pytest.raises(FeedbackError):  # all or none: the second row has no label
+        store.add_answers([{**row, "request": "r2"}, {**row, "request": "r3", "label": None}])
+    assert len(store.table("answers")) == 1
+
+
+def test_feedback_is_idempotent_and_the_last_word_counts(store):
+    answer(store, "r1")
+    said = [("up", ""), ("up", ""), ("corrected", "acq"), ("corrected", "acq"), ("corrected", "trade"), ("down", "")]
+    assert [store.add_feedback("r1", "u1", *words) for words in said] == [True, False, True, False, True, True]
+    assert store.add_feedback("r1", "u2", "up")
+    table = store.table("feedback").set_index("user")
+    assert table["verdict"].to_dict() == {"u1": "down", "u2": "up"} and table.loc["u1", "label"] == ""
+    for request, verdict, label, words in [
+        ("r9", "up", "", "no answer with the request 'r9'"),
+        ("r1", "corrected", " ", "needs the right label"),
+        ("r1", "up", "acq", "only a correction"),
+        ("r1", "maybe", "", "maybe"),
+    ]:
+        with pytest.raises(FeedbackError, match=words):
+            store.add_feedback(request, "u1", verdict, label)
+
+
+def test_a_users_data_can_be_exported_and_deleted_and_old_data_goes(store):
+    for number, user in enumerate(["u1", "u2", "u1"]):
+        answer(store, f"r{number}", user)
+    for request, user in [("r0", "u2"), ("r1", "u1"), ("r1", "u2")]:
+        store.add_feedback(request, user, "up")
+    store.queue({"r0": review.AUDIT, "r1": review.AUDIT})
+    store.add_review("r0", "reviewer 1", "acq")
+    exported = store.export_user("u1").set_index("request")
+    assert sorted(exported.index) == ["r0", "r1", "r2"] and exported["verdict"].notna().tolist() == [False, True, False]
+    assert store.delete_user("u1") == 3  # two answers, one statement
+    assert store.table("answers")["request"].tolist() == ["r1"] and store.table("reviews").empty
+    assert store.table("feedback")["user"].tolist() == ["u2"] and store.export_user("u1").empty
+    assert store.delete_before(0) == 0 and store.delete_before(1e9) == 1
+    assert all(store.table(name).empty for name in ("answers", "feedback", "queue", "reviews"))
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://bob:secret@127.0.0.1:1/x", "postgresql://127.0.0.1/x can't be used"),
+        ("sqlite:////no/such/folder/secret", "unable to open"),
+        ("mysql://bob:secret@host/x", "mysql"),
+        ("secret", "can't be read"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_says_so_without_the_password(url, words):
+    with pytest.raises(FeedbackError, match=words) as error:
+        Store(url)
+    assert "bob" not in str(error.value) and ("secret" not in str(error.value) or "sqlite" in url)
+
+
+WRITER = """
+import sys
+from llmprod.feedback.store import Store
+store = Store(sys.argv[1])
+for number in range(2000):
+    store.add_answer(f"r{number}", "b", "text", "earn", 0.5)
+    print(f"r{number}", flush=True)
+"""
+
+
+def test_a_killed_writer_loses_no_acknowledged_answer(tmp_path):
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True)
+    acknowledged = [writer.stdout.readline().strip() for _ in range(1000)]  # in the middle of 2,000 writes
+    writer.send_signal(signal.SIGKILL)
+    acknowledged += writer.stdout.read().splitlines()
+    assert writer.wait() == -signal.SIGKILL and 1000 <= len(acknowledged) < 2000
+    with Store(url) as store:
+        kept = set(store.table("answers")["request"])
+        assert kept >= {request for request in acknowledged if request.startswith("r")}
+        answer(store, "afterwards")
+
+
+# The review queue
+
+
+def test_the_queue_takes_each_answer_for_one_reason_and_audits_at_random(store):
+    rows = {"bundle": "b", "text": "t", "label": "earn"}
+    store.add_answers([{**rows, "request": f"r{i:03}", "confidence": i / 200} for i in range(100)])
+    answer(store, "s1", shadow="acq")
+    answer(store, "alert", source="alert", confidence=0.0)
+    for user, label in (("u1", "acq"), ("u2", "trade")):
+        store.add_feedback("r050", user, "corrected", label)
+    store.add_feedback("r051", "u1", "down")
+    quotas = {review.UNSURE: 5, review.DOWN: 1, review.DISAGREEMENT: 9, review.AUDIT: 10}
+    first = review.fill(store, quotas, seed=3)
+    reasons = first["reason"].to_dict()
+    assert first.index.is_unique and "alert" not in reasons and len(store.table("queue")) == len(first)
+    assert first["reason"].value_counts()[review.AUDIT] == 10 and reasons["s1"] in (review.DISAGREEMENT, review.AUDIT)
+    unsure = [request for request, reason in reasons.items() if reason == review.UNSURE]
+    assert unsure == sorted(unsure) and unsure[-1] < "r016"
+    again = review.fill(store, {review.AUDIT: 10}, seed=3)
+    assert len(again) == 10 and not set(again.index) & set(first.index)
+    with pytest.raises(FeedbackError, match="boredom"):
+        review.fill(store, {"boredom": 1})
+
+
+def test_two_reviewers_settle_a_label_or_a_third_decides(store):
+    for number in range(4):
+        answer(store, f"r{number}")
+    store.queue({f"r{number}": review.AUDIT for number in range(4)})
+    said = {"reviewer 1": ["acq", "acq", "earn", "earn"], "reviewer 2": ["acq", "earn", "acq"]}
+    for name, labels in said.items():
+        assert review.waiting_for(store, name)["request"].tolist() == ["r0", "r1", "r2", "r3"]
+        for request, label in zip(review.waiting_for(store, name)["request"], labels, strict=False):
+            store.add_review(request, name, label)
+    assert review.settled(store)["request"].tolist() == ["r0"]
+    assert review.waiting_for(store, "reviewer 3")["request"].tolist() == ["r1", "r2", "r3"]
+    store.add_review("r1", "reviewer 3", "trade")
+    found = review.settled(store).set_index("request")
+    assert found["label"].to_dict() == {"r0": "acq", "r1": "trade"} and found.loc["r1", "how"] == "adjudicated"
+    # on r0 to r2: one of three equal; by chance 2/3 · 2/3 + 1/3 · 1/3 = 5/9
+    kappa = review.agreement(store, "reviewer 1", "reviewer 2", resamples=50)
+    assert kappa["kappa"] == pytest.approx((1 / 3 - 5 / 9) / (1 - 5 / 9)) and kappa["reviewed by both"] == 3
+    with pytest.raises(FeedbackError, match="no answer in common"):
+        review.agreement(store, "reviewer 1", "reviewer 9")
+
+
+def test_the_widget_writes_reviews(store):
+    answer(store, "r1")
+    store.queue({"r1": review.AUDIT})
+    text, (choice, button) = (box := review.widget(store, "reviewer 1", ["earn", "acq"])).children[0], box.children[1].children
+    button.click()
+    assert text.value == "text r1" and store.table("reviews").empty  # nothing chosen yet
+    choice.value = "acq"
+    button.click()
+    assert store.table("reviews")["label"].tolist() == ["acq"] and button.disabled
+
+
+# Promotion, with the real small model on real texts
+
+SHORT = 8  # words of a headline
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """R8 in small: splits, labels, a registry with a bundle trained on whole articles, 160 texts of users, 160 old ones."""
+    folder = tmp_path_factory.mktemp("world")
+    table = data.drop_duplicates(data.clean(data.load("reuters-r8"))[0])[0]
+    table = table[table["label"].isin(["earn", "acq", "crude"])]
+    data.save(data.split(table, validation_share=0.2, train_rows=240, test_rows=320, seed=1), folder / "splits", {})
+    splits, labels, _ = data.prepared(folder / "splits")
+    start = Predictor.pretrained("minilm", labels, dropout=0.0, max_length=48, precision="fp32")
+    chosen, _ = fewshot.sample_shots(splits["train"], 30, 0)
+    recipe = Recipe(method="lora", learning_rate=3e-3, epochs=3, max_length=48, batch_tokens=1024)
+    model = promotion.retrain(start, list(chosen["text"]), list(chosen["label"]), recipe, folder)
+    frozen = {name: splits["validation"][:10][name] for name in ("text", "label")}
+    frozen["label"] = [labels[k] for k in frozen["label"]]
+    made = bundle.write(folder / "bundle", model, frozen, "# A model\n")
+    registry = Registry(folder / "served")
+    registry.promote(registry.add(made), "the first")
+    texts, numbers = list(splits["test"]["text"]), list(splits["test"]["label"])
+    users = [(" ".join(texts[i].split()[:SHORT]), labels[numbers[i]]) for i in range(160)]
+    old = {"text": texts[160:], "label": [labels[k] for k in numbers[160:]]}
+    return splits, labels, registry, users, old, texts
+
+
+def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) -> promotion.Decision:
+    """An iteration on texts and the labels that two reviewers give; the registry is put back afterwards."""
+    splits, _, registry, _, old, _ = world
+    before = registry.state()["current"]
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        served = registry.load().predict([text for text, _ in users])
+        row = {"bundle": before, "user": "u1"}
+        store.add_answers(
+            [
+                {**row, "request": f"r{i:03}", "text": text, "label": said.label, "confidence": said.confidence}
+                for i, ((text, _), said) in enumerate(zip(users, served, strict=True))
+            ]
+        )
+        names = [f"r{i:03}" for i in range(len(users))]
+        store.queue({name: review.AUDIT if i < audits else review.DOWN for i, name in enumerate(names)})
+        for reviewer in ("reviewer 1", "reviewer 2"):
+            for name, (_, label) in zip(names, users, strict=True):
+                store.add_review(name, reviewer, label)
+        recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
+        rules = promotion.Rules(old_tolerance=0.02)  # 160 texts can't resolve half a point
+        decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=20, rules=rules)
+    decision.current = registry.state()["current"]
+    if decision.promoted:
+        registry.roll_back("the next test")
+    return decision
+
+
+def test_reviewed_feedback_changes_what_is_served(world, tmp_path):
+    _, _, registry, users, _, _ = world
+    decision = iterated(world, tmp_path, users)
+    assert decision.promoted, decision.reasons
+    assert decision.current == decision.candidate != decision.parent
+    assert decision.numbers["new, change"] > 0 and decision.numbers["p"] <= 0.05
+    assert decision.numbers["old, change"] >= -0.02 - 1e-9
+    kept = registry.load(decision.candidate).manifest["provenance"]
+    assert kept["parent"] == decision.parent and kept["reviewed texts learnt"] <= 80 and len(kept["data"]) == 64
+    assert decision.classes["texts"].sum() == 240
+
+
+def test_a_poisoned_batch_is_refused(world, tmp_path):
+    _, _, registry, users, _, _ = world
+    labels = np.random.default_rng(0).permutation([label for _, label in users])
+    decision = iterated(world, tmp_path, [(text, str(label)) for (text, _), label in zip(users, labels, strict=True)])
+    assert not decision.promoted and any("not better" in reason for reason in decision.reasons)
+    assert decision.current == decision.parent and not (registry.folder / decision.candidate).exists()
+
+
+def test_a_batch_that_helps_one_class_at_anothers_cost_is_refused(world, tmp_path):
+    _, _, _, users, _, texts = world
+    whole = [(texts[i], "acq" if label == "earn" else label) for i, (_, label) in enumerate(users)]
+    decision = iterated(world, tmp_path, whole)
+    assert not decision.promoted and any(reason.startswith("'earn' loses") for reason in decision.reasons)
+    assert decision.numbers["new, change"] > 0  # it is better by what the reviewers said
+
+
+def test_without_settled_reviews_nothing_happens(world, tmp_path):
+    splits, _, registry, *_ = world
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store, pytest.raises(FeedbackError, match="Nothing is reviewed"):
+        answer(store, "r1")
+        store.queue({"r1": review.AUDIT})
+        store.add_review("r1", "reviewer 1", "earn")
+        promotion.iterate(registry, store, splits)
+
+
+# Sequential tests
+
+
+def test_the_confidence_sequence_holds_under_peeking():
+    """Without a difference, an alarm at any time comes in at most 5 % of the runs; repeated McNemar tests exceed that."""
+    for share in (0.05, 0.3):
+        rate = sequential.false_alarms(lambda d: sequential.confidence_sequence(d)["p"], share, texts=300, runs=200)
+        assert rate <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=60))
+def test_the_confidence_sequence_knows_only_the_past(differences):
+    whole = sequential.confidence_sequence(np.array(differences), points=41)
+    part = sequential.confidence_sequence(np.array(differences[: max(1, len(differences) // 2)]), points=41)
+    pd.testing.assert_frame_equal(whole.iloc[: len(part)], part)
+    assert (whole["p"].diff().dropna() <= 1e-12).all() and (whole["low"] <= whole["high"]).all()
+
+
+def test_a_real_difference_is_found_and_bounded():
+    differences = np.random.default_rng(0).choice([-1, 0, 1], 1500, p=[0.02, 0.83, 0.15])
+    bounds = sequential.confidence_sequence(differences).iloc[-1]
+    assert 0 < bounds["low"] < 0.13 < bounds["high"] < 0.25 and bounds["p"] < 0.001
+    labels, new, old = np.array([0, 1, 2, 2]), np.array([0, 1, 0, 1]), np.array([1, 1, 2, 0])
+    assert sequential.paired(labels, new, old).tolist() == [1, 0, -1, 0]
+
+
+# Clicks
+
+
+def test_off_policy_estimates_are_right_where_the_truth_is_known():
+    """A log whose click rates are known: logged clicks are far off, the three estimators are near."""
+    random, items, n = np.random.default_rng(0), 5, 20_000
+    rates, policy = np.array([0.05, 0.1, 0.2, 0.4, 0.6]), np.array([0.02, 0.03, 0.05, 0.3, 0.6])
+    item = random.integers(0, items, n)
+    log = pd.DataFrame({"item": item, "position": 0, "click": random.random(n) < rates[item], "propensity": 1 / items})
+    log = log.assign(**dict.fromkeys(off_policy.USER, "same"))
+    found, truth = off_policy.estimates(log, policy[:, None], resamples=200), float(rates @ policy)
+    assert abs(found.loc["logged clicks", "value"] - truth) > 0.15
+    for name in ("IPS", "SNIPS", "doubly robust"):
+        assert found.loc[name, "value"] == pytest.approx(truth, abs=0.02)
+        assert found.loc[name, "low"] < truth < found.loc[name, "high"]
+
+
+def test_open_bandit_data_are_what_they_say():
+    log, other = off_policy.load("random", "men"), off_policy.load("bts", "men")
+    assert len(log) == len(other) == 10_000 and set(log["position"]) == {0, 1, 2}
+    assert log["propensity"].nunique() == 1 and log["propensity"].iloc[0] == pytest.approx(1 / (log["item"].max() + 1))
+    assert np.allclose(off_policy.choices(other).sum(axis=0), 1)
+    with pytest.raises(LLMProdError, match="women"):
+        off_policy.load("random", "children")
+
+
+# Drift
+
+
+def test_short_texts_drift_and_halves_do_not():
+    random = np.random.default_rng(0)
+    texts = [" ".join(["word"] * n) for n in random.integers(20, 200, 400)]
+    known = watch.traits(texts, random.choice(["earn", "acq"], 400), random.uniform(0.5, 1, 400))
+    short = watch.traits([" ".join(t.split()[:8]) for t in texts], known["label"], known["confidence"])
+    found = drift.drift(known, short)["drifted"]
+    assert found["words"] and not found["label"]
+    assert watch.false_alarm_rate(known, rounds=100) <= 0.1
