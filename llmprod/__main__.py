@@ -60,6 +60,18 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--rate", type=float, default=0.0, help="requests a second of one client; 0: no limit")
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
 
+    kept = command("feedback", manage_feedback, "export or delete what the service keeps of a user, or what is old")
+    kept.add_argument("--store", required=True, help="a file, or postgresql://…")
+    kept.add_argument("--export", metavar="USER", help="as CSV, on standard output")
+    kept.add_argument("--delete", metavar="USER")
+    kept.add_argument(
+        "--older-than", type=float, metavar="DAYS", help="delete older answers, with all that was said of them"
+    )
+    text = "train on the reviewed feedback; promote the new bundle if it is better and forgets nothing"
+    again = command("iterate", iterate, text, profile)
+    again.add_argument("--store", required=True, help="a file, or postgresql://…")
+    again.add_argument("--registry", default=served, help="where the served bundle is (%(default)s)")
+
     watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
     text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
     watch.add_argument("--source", action="append", required=True, help=text)
@@ -206,6 +218,37 @@ def serve(options: argparse.Namespace) -> int:
     app = service.build(source, store, guard.Limits(rate=options.rate), opened_assistant(options.assistant))
     service.run(page.mount(app) if options.page else app, options.host, options.port)
     return 0
+
+
+def manage_feedback(options: argparse.Namespace) -> int:
+    import time
+
+    with opened_store(options.store) as store:
+        if options.export:
+            store.export_user(options.export).to_csv(sys.stdout, index=False)
+        if options.delete:
+            print(f"{store.delete_user(options.delete)} answers of {options.delete} deleted")
+        if options.older_than is not None:
+            print(f"{store.delete_before(time.time() - 86400 * options.older_than)} old answers deleted")
+    return 0
+
+
+def iterate(options: argparse.Namespace) -> int:
+    from llmprod import data, machine
+    from llmprod.deploy.registry import Registry
+    from llmprod.feedback import promotion
+    from llmprod.harness import runner
+
+    machine.set_threads()
+    machine.quiet()
+    work = runner.folder_for(options.profile, {}) / "work"
+    splits = data.prepared(work / "01_data" / "splits")[0]
+    with opened_store(options.store) as store:
+        weights = work / "02_finetune" / "checkpoint"
+        decision = promotion.iterate(Registry(Path(options.registry)), store, splits, weights=weights)
+    print(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.candidate}, from {decision.parent}")
+    print("\n".join(f"- {reason}" for reason in decision.reasons))
+    return int(not decision.promoted)
 
 
 def opened_store(place: str) -> object:

@@ -202,7 +202,10 @@ def test_two_reviewers_settle_a_label_or_a_third_decides(store):
 def test_the_widget_writes_reviews(store):
     answer(store, "r1")
     store.queue({"r1": review.AUDIT})
-    text, (choice, button) = (box := review.widget(store, "reviewer 1", ["earn", "acq"])).children[0], box.children[1].children
+    text, (choice, button) = (
+        (box := review.widget(store, "reviewer 1", ["earn", "acq"])).children[0],
+        box.children[1].children,
+    )
     button.click()
     assert text.value == "text r1" and store.table("reviews").empty  # nothing chosen yet
     choice.value = "acq"
@@ -295,7 +298,10 @@ def test_a_batch_that_helps_one_class_at_anothers_cost_is_refused(world, tmp_pat
 
 def test_without_settled_reviews_nothing_happens(world, tmp_path):
     splits, _, registry, *_ = world
-    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store, pytest.raises(FeedbackError, match="Nothing is reviewed"):
+    with (
+        Store(f"sqlite:///{tmp_path / 'store.db'}") as store,
+        pytest.raises(FeedbackError, match="Nothing is reviewed"),
+    ):
         answer(store, "r1")
         store.queue({"r1": review.AUDIT})
         store.add_review("r1", "reviewer 1", "earn")

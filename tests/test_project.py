@@ -66,6 +66,8 @@ def test_constraints_are_complete():
 # Extras: room -> the extra that its notebook installs; a file of the chain may name one where it needs it
 ROOMS = {
     "customer_service": "support",
+    "deploy": "serve",
+    "feedback": "serve",
     "financial_sentiment": "news",
     "news_monitoring": "news",
     "recommendation": "recsys",
@@ -116,7 +118,8 @@ def test_the_chain_does_not_need_any_extra():
     whose = metadata.packages_distributions()
     modules = [module for module, names in whose.items() if distributions(names) & hidden]
     code = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
-    for path in sorted(paths.NOTEBOOKS.glob("0*.ipynb")):
+    for name in (name for name, item in pipeline.pipeline().items() if "extra" not in item):
+        path = paths.NOTEBOOKS / f"{name}.ipynb"
         cells = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         imports = [line for cell in cells for line in cell if re.match(r"(from|import) ", line)]
         code += "".join(line.rstrip() + "\n" for line in imports if not line.rstrip().endswith("("))

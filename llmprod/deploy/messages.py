@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from llmprod.extras import extra
 
-with extra("serve"):
+with extra("serve"):  # pydantic comes with FastAPI
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=20_000, pattern=r"\S")]
