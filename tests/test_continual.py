@@ -6,6 +6,7 @@ import torch
 
 from llmprod import LLMProdError, data
 from llmprod.feedback import continual, studies
+from llmprod.feedback import phases as phases_module
 from llmprod.finetune import methods
 
 SETTINGS = continual.Settings(max_length=16, epochs=4, batch=8, learning_rate=1e-3, buffer=8, precision="fp32")
@@ -18,11 +19,11 @@ def phases():
     names = ["acq", "crude", "earn", "trade"]
     table = table[table["label"].isin(names)]
 
-    def part(split: str) -> continual.Texts:
+    def part(split: str) -> phases_module.Texts:
         rows = table[table["split"] == split]
         return rows["text"].tolist(), rows["label"].map(names.index).to_numpy()
 
-    return continual.new_classes(part("train"), part("test"), names, 2, 16, 20, seed=0)
+    return phases_module.new_classes(part("train"), part("test"), names, 2, 16, 20, seed=0)
 
 
 def test_phases_bring_disjoint_classes_and_no_test_text_twice(phases):
@@ -33,7 +34,7 @@ def test_phases_bring_disjoint_classes_and_no_test_text_twice(phases):
 
 
 def test_topics_shift_while_the_classes_stay():
-    phases, names = continual.shifted_topics(texts=2, tests=1, seed=0)
+    phases, names = phases_module.shifted_topics(texts=2, tests=1, seed=0)
     assert len(phases) == 4 and names == ["comp", "rec", "sci", "talk"]
     assert all(set(phase.train[1]) == {0, 1, 2, 3} and len(phase.train[0]) == 8 for phase in phases)
     assert len({text for phase in phases for text in phase.train[0]}) == 32
@@ -74,17 +75,29 @@ def test_ewcs_penalty_is_zero_at_the_start_and_pulls_back(phases):
     assert learner.fisher["classifier.weight"].sum() > once["classifier.weight"].sum()  # of both phases
 
 
-def test_learning_without_forgetting_keeps_old_outputs_nearer_than_naive_fine_tuning(phases):
-    first, second = phases
-    old, moved = sorted(set(first.train[1])), {}
-    for kind in (continual.Naive, continual.WithoutForgetting):
-        learner = kind(4, SETTINGS)
-        learner.learn(first)
-        before = torch.from_numpy(learner.predictor.predict(second.train[0])[:, old]).softmax(-1)
-        learner.learn(second)
-        after = torch.from_numpy(learner.predictor.predict(second.train[0])[:, old]).softmax(-1)
-        moved[kind] = float((after - before).abs().mean())
-    assert moved[continual.WithoutForgetting] < moved[continual.Naive]
+def test_distillation_by_hand():
+    """Zero where nothing moved, else T² times the divergence, in the direction of the old model."""
+    old, new = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert continual.distillation(old, old, 2.0).item() == pytest.approx(0, abs=1e-7)
+    p = np.exp(1) / (np.exp(1) + 1)  # softmax of 2 / T and 0
+    expected = 4 * (p * np.log(p / 0.5) + (1 - p) * np.log((1 - p) / 0.5))
+    assert continual.distillation(old, new, 2.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_without_forgetting_compares_the_outputs_of_old_classes(phases, monkeypatch):
+    """The first phase adds nothing to the loss; in the second each step compares the outputs of the two old classes."""
+    seen, original = [], continual.distillation
+
+    def watched(old: torch.Tensor, new: torch.Tensor, temperature: float) -> torch.Tensor:
+        seen.append(tuple(old.shape))
+        return original(old, new, temperature)
+
+    monkeypatch.setattr(continual, "distillation", watched)
+    learner = continual.WithoutForgetting(4, SETTINGS)
+    learner.learn(phases[0])
+    assert not seen
+    learner.learn(phases[1])
+    assert len(seen) == SETTINGS.epochs * 32 // SETTINGS.batch and set(seen) == {(SETTINGS.batch, 2)}
 
 
 def test_rehearsal_forgets_less_than_naive_fine_tuning(phases):

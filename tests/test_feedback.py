@@ -220,7 +220,7 @@ SHORT = 8  # words of a headline
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """R8 in small: splits, labels, a registry with a bundle trained on whole articles, 160 texts of users, 160 old ones."""
+    """R8 in small: splits, labels, a registry with a bundle trained on whole articles, texts of users, old texts."""
     folder = tmp_path_factory.mktemp("world")
     table = data.drop_duplicates(data.clean(data.load("reuters-r8"))[0])[0]
     table = table[table["label"].isin(["earn", "acq", "crude"])]
@@ -312,7 +312,7 @@ def test_without_settled_reviews_nothing_happens(world, tmp_path):
 
 
 def test_the_confidence_sequence_holds_under_peeking():
-    """Without a difference, an alarm at any time comes in at most 5 % of the runs; repeated McNemar tests exceed that."""
+    """Without a difference, an alarm at any time comes in at most 5 % of the runs."""
     for share in (0.05, 0.3):
         rate = sequential.false_alarms(lambda d: sequential.confidence_sequence(d)["p"], share, texts=300, runs=200)
         assert rate <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)

@@ -9,21 +9,12 @@ import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from llmprod import LLMProdError, data, machine
+from llmprod import LLMProdError, machine
+from llmprod.feedback.phases import Phase, Texts, some
 from llmprod.finetune import loop, methods
 from llmprod.models import Predictor
 
-Texts = tuple[list[str], np.ndarray]  # texts and their class numbers
 Loss = Callable[[torch.Tensor, list[int]], torch.Tensor]  # logits of a batch, its rows -> what is added to the loss
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What a model gets to see at one time, and a test of just that."""
-
-    name: str
-    train: Texts
-    test: Texts
 
 
 @dataclass(frozen=True)
@@ -42,50 +33,6 @@ class Settings:
     temperature: float = 2.0  # of learning without forgetting
     precision: str = "auto"
     seed: int = 0
-
-
-# Phases
-
-
-def new_classes(
-    train: Texts, test: Texts, names: Sequence[str], together: int, texts: int, tests: int, seed: int
-) -> list[Phase]:
-    """Class-incremental phases: each brings `together` new classes, in random order, with at most `texts` of each."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(names))
-    groups = [order[start : start + together] for start in range(0, len(order), together)]
-    return [
-        Phase(", ".join(names[k] for k in group), some(train, group, texts, random), some(test, group, tests, random))
-        for group in groups
-    ]
-
-
-def some(of: Texts, classes: Sequence[int], size: int, random: np.random.Generator) -> Texts:
-    """At most `size` random texts of each of the classes."""
-    texts, labels = of
-    rows = np.concatenate([random.permutation(np.flatnonzero(labels == k))[:size] for k in classes])
-    return [texts[row] for row in rows], labels[rows]
-
-
-def shifted_topics(texts: int, tests: int, seed: int) -> tuple[list[Phase], list[str]]:
-    """Domain-incremental phases of 20 Newsgroups: always the classes comp, rec, sci and talk, each time other groups.
-
-    In the first phase computers are graphics, say, and in the second the Macintosh. Returns phases and class names.
-    """
-    table, names = data.clean(data.load_artifact("20newsgroups"))[0], ["comp", "rec", "sci", "talk"]
-    random = np.random.default_rng(seed)
-    groups = {name: sorted(g for g in table["label"].unique() if g.startswith(name + ".")) for name in names}
-    order = {name: random.permutation(groups[name])[:4] for name in names}
-    phases = []
-    for number in range(4):
-        label = {order[name][number]: k for k, name in enumerate(names)}
-        parts = []
-        for split, size in (("train", texts), ("test", tests)):
-            part = table[(table["split"] == split) & table["label"].isin(label)]
-            found = part["text"].tolist(), part["label"].map(label).to_numpy()
-            parts.append(some(found, range(4), size, random))
-        phases.append(Phase(f"topics {number + 1}", *parts))
-    return phases, names
 
 
 # Methods
@@ -143,7 +90,7 @@ class Naive:
 
 
 class Rehearsal(Naive):
-    """Rehearsal: a few texts of each old class are kept and learnt again (Robins 1995; herding: Rebuffi et al. 2017)."""
+    """A few texts of each old class are kept and learnt again (Robins 1995; herding: Rebuffi et al. 2017)."""
 
     def __init__(self, classes: int, settings: Settings):
         super().__init__(classes, settings)
@@ -151,7 +98,7 @@ class Rehearsal(Naive):
 
     def learn(self, phase: Phase) -> None:
         """Learns a phase and the buffer, then keeps some of its texts."""
-        texts = sum((kept for kept, _ in self.buffer), list(phase.train[0]))
+        texts = [*phase.train[0], *(text for kept, _ in self.buffer for text in kept)]
         self.fit(texts, np.concatenate([phase.train[1], *(labels for _, labels in self.buffer)]))
         self.buffer.append(self.keep(*phase.train))
         self.seen.append(phase.train)
@@ -182,7 +129,7 @@ def herd(vectors: np.ndarray, size: int) -> list[int]:
 class EWC(Naive):
     """Elastic weight consolidation: weights that mattered for old phases are held back (Kirkpatrick et al. 2017).
 
-    The penalty is (strength / 2) Σ F (θ - θ*)²: θ* are the weights after the last phase, F is the diagonal of the Fisher
+    The penalty is (strength / 2) Σ F (θ - θ*)²: θ* are the weights after the last phase, F the diagonal of the Fisher
     information, the mean square of the gradient of log p(y | x), summed over phases.
     """
 
@@ -238,15 +185,19 @@ class WithoutForgetting(Naive):
     def learn(self, phase: Phase) -> None:
         """Learns a phase while the old classes' outputs on its texts are kept."""
         old = np.unique(np.concatenate([labels for _, labels in self.seen])) if self.seen else np.array([], int)
-        heat = self.settings.temperature
-        before = torch.from_numpy(self.predictor.predict(phase.train[0]))[:, old] / heat
+        before = torch.from_numpy(self.predictor.predict(phase.train[0]))[:, old]
 
         def distance(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-            pair = (log_softmax(z, dim=-1) for z in (logits[:, old] / heat, before[rows].to(logits.device)))
-            return heat**2 * kl_div(*pair, log_target=True, reduction="batchmean")
+            return distillation(before[rows].to(logits.device), logits[:, old], self.settings.temperature)
 
         self.fit(*phase.train, distance if len(old) > 1 else None)
         self.seen.append(phase.train)
+
+
+def distillation(old: torch.Tensor, new: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² KL(softmax(old / T) ‖ softmax(new / T)) of logits (texts, classes), averaged over texts."""
+    before, after = (log_softmax(logits / temperature, dim=-1) for logits in (old, new))
+    return temperature**2 * kl_div(after, before, log_target=True, reduction="batchmean")
 
 
 class Adapters(Naive):
@@ -292,7 +243,9 @@ class Retraining(Naive):
         """Learns all phases so far anew."""
         self.seen.append(phase.train)
         self.predictor = self.fresh()
-        self.fit(sum((texts for texts, _ in self.seen), []), np.concatenate([labels for _, labels in self.seen]))
+        self.fit(
+            [text for texts, _ in self.seen for text in texts], np.concatenate([labels for _, labels in self.seen])
+        )
 
 
 METHODS: dict[str, type[Naive]] = {

@@ -246,7 +246,7 @@ def objections(numbers: Mapping[str, float], classes: pd.DataFrame, rules: Rules
         )
     if numbers["old, change"] < -rules.old_tolerance - 1e-9:
         found.append(
-            f"old texts lose {-100 * numbers['old, change']:.2f} points (95 % interval {100 * numbers['old, from']:+.2f} "
+            f"old texts lose {-100 * numbers['old, change']:.2f} points (95 %: {100 * numbers['old, from']:+.2f} "
             f"to {100 * numbers['old, to']:+.2f}), and {100 * rules.old_tolerance:g} are allowed"
         )
     lost = classes["served"] - classes["candidate"]

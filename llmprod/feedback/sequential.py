@@ -1,4 +1,4 @@
-"""Comparisons that may be looked at any time: a confidence sequence for paired differences (A/B test, shadow bundle)."""
+"""Comparisons that may be looked at any time: a confidence sequence for paired differences (A/B test, shadow)."""
 
 import numpy as np
 import pandas as pd

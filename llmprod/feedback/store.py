@@ -156,7 +156,9 @@ class Store:
             if connection.scalar(sql.select(sql.exists().where(*same))):
                 return False
             new = values | {"time": self.clock()}
-            connection.execute(self.upsert(table).values(key | new).on_conflict_do_update(list(key), set_=new))
+            connection.execute(
+                self.upsert(table).values(key | new).on_conflict_do_update(index_elements=list(key), set_=new)
+            )
             return True
 
     def queue(self, reasons: Mapping[str, str]) -> None:

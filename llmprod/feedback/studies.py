@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from llmprod import data
-from llmprod.feedback import continual
+from llmprod.feedback import continual, phases
 
 
-def phases_of(parameters: Mapping[str, object]) -> tuple[list[continual.Phase], int]:
+def phases_of(parameters: Mapping[str, object]) -> tuple[list[phases.Phase], int]:
     """The phases of a scenario, "new classes" or "shifted topics", and the number of classes in all of them."""
     size, tests, seed = (parameters[name] for name in ("phase_texts", "phase_tests", "seed"))
     if parameters["scenario"] == "shifted topics":
-        phases, names = continual.shifted_topics(size, tests, seed)
-        return phases, len(names)
+        shifted, names = phases.shifted_topics(size, tests, seed)
+        return shifted, len(names)
     splits, names, _ = data.prepared(Path(parameters["splits"]))
     train, test = ((list(splits[s]["text"]), np.array(splits[s]["label"])) for s in ("train", parameters["split"]))
-    return continual.new_classes(train, test, names, parameters["together"], size, tests, seed), len(names)
+    return phases.new_classes(train, test, names, parameters["together"], size, tests, seed), len(names)
 
 
 def settings_of(parameters: Mapping[str, object]) -> continual.Settings:
@@ -29,6 +29,6 @@ def settings_of(parameters: Mapping[str, object]) -> continual.Settings:
 
 def continual_learning(parameters: Mapping[str, object]) -> dict:
     """Learns phases by one method: average accuracy, backward transfer, forgetting, and the seconds it took."""
-    phases, classes = phases_of(parameters)
-    matrix, seconds = continual.run(parameters["learner"], phases, classes, settings_of(parameters))
+    some, classes = phases_of(parameters)
+    matrix, seconds = continual.run(parameters["learner"], some, classes, settings_of(parameters))
     return {"metrics": continual.summary(matrix), "speeds": {"learning, s": seconds}, "matrix": matrix.tolist()}
