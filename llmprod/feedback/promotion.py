@@ -65,8 +65,8 @@ def iterate(
 ) -> Decision:
     """Retrains what is served on reviewed feedback, compares, and promotes the new bundle if it keeps the rules.
 
-    Training goes on from the served weights, with old texts beside the new ones (rehearsal): it takes a tenth of the
-    time of training from the base model on everything, which `feedback.studies` compares.
+    Training goes on from the served weights, with some old texts beside the new ones (rehearsal): a pass then reads
+    some hundred texts, and not all that the base model would need.
 
     What was audited at random is never trained on and is the new data of the comparison: the other reasons pick
     answers that the *served* model is likely to have wrong, so that any other model would look better on them.
