@@ -242,10 +242,11 @@ def iterate(options: argparse.Namespace) -> int:
     machine.set_threads()
     machine.quiet()
     work = runner.folder_for(options.profile, {}) / "work"
-    splits = data.prepared(work / "01_data" / "splits")[0]
+    splits, labels, _ = data.prepared(work / "01_data" / "splits")
+    old = {"text": list(splits["test"]["text"]), "label": [labels[k] for k in splits["test"]["label"]]}
     with opened_store(options.store) as store:
         weights = work / "02_finetune" / "checkpoint"
-        decision = promotion.iterate(Registry(Path(options.registry)), store, splits, weights=weights)
+        decision = promotion.iterate(Registry(Path(options.registry)), store, splits, regression=old, weights=weights)
     print(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.candidate}, from {decision.parent}")
     print("\n".join(f"- {reason}" for reason in decision.reasons))
     return int(not decision.promoted)
