@@ -2,10 +2,12 @@
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ def store(request, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """The address of a PostgreSQL server of our own, on a free port of this machine."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not found:
@@ -45,10 +47,8 @@ def postgres(tmp_path_factory):
     names = {entry.pw_name for entry in pwd.getpwall()}
     as_root = os.getuid() == 0  # the server refuses to run as root
     user = ("postgres" if "postgres" in names else "nobody") if as_root else None
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's own folders are closed to another user
     if as_root:
-        for part in (folder, *list(folder.parents)[:2]):
-            part.chmod(0o755)
         os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
 
     def command(name: str, *arguments: str) -> None:
@@ -64,6 +64,7 @@ def postgres(tmp_path_factory):
     command("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
     yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
     command("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def answer(store: Store, request: str, user: str = "u1", **changes: object) -> None:

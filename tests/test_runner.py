@@ -103,7 +103,8 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
     assert not stale(smoke_run), "prose is no code"
     notebook.cells[-1].source += "\n1 + 1"
     nbformat.write(notebook, path)
-    assert stale(smoke_run) == {"02_finetune", "03_evaluate", "14_news_monitoring"}
+    after = {"03_evaluate", "04_optimize", "05_deploy", "06_feedback", "14_news_monitoring"}
+    assert stale(smoke_run) == {"02_finetune", *after}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,23 @@ def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_pat
     assert stale(smoke_run) == reruns
 
 
+def fingerprints_of_all() -> dict[str, str]:
+    return {name: pipeline.fingerprint(name, pipeline.settings("cpu", {})) for name in pipeline.pipeline()}
+
+
+@pytest.fixture(scope="module")
+def fingerprints():
+    """Those of the notebooks as they are."""
+    return fingerprints_of_all()
+
+
 @pytest.mark.parametrize(
     ("file", "reruns"),
     [
         ("llmprod/recommendation/scorers.py", {"13_recommendation"}),
         ("llmprod/financial_sentiment/sentiment.py", {"12_financial_sentiment", "14_news_monitoring"}),
         ("llmprod/customer_service/support_desk/questions.jsonl", {"11_customer_service"}),
-        ("llmprod/optimize.py", {"04_optimize", "14_news_monitoring"}),
+        ("llmprod/optimize/export.py", {"04_optimize", "05_deploy", "06_feedback", "14_news_monitoring"}),
         ("llmprod/machine.py", {*pipeline.pipeline()}),
         ("llmprod/harness/report.py", set()),
         ("llmprod/harness/page.html", set()),
@@ -139,20 +150,18 @@ def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_pat
         ("README.md", set()),
     ],
 )
-def test_a_changed_file_changes_the_fingerprints_that_depend_on_it(monkeypatch, tmp_path, file, reruns):
+def test_a_changed_file_changes_the_fingerprints_that_depend_on_it(monkeypatch, tmp_path, fingerprints, file, reruns):
     skipped = shutil.ignore_patterns("__pycache__", "repository")
     for name in ("llmprod", "notebooks"):
         shutil.copytree(paths.ROOT / name, tmp_path / name, ignore=skipped)
     shutil.copy(paths.ROOT / "README.md", tmp_path)
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
-    injected = pipeline.settings("cpu", {})
-    before = {name: pipeline.fingerprint(name, injected) for name in pipeline.pipeline()}
     path = tmp_path / file
     more = {".py": "\nCHANGED = True\n", ".yaml": "\nchanged: true\n"}.get(path.suffix, "changed")
     path.write_text(path.read_text() + more)
-    after = {name: pipeline.fingerprint(name, injected) for name in pipeline.pipeline()}
-    assert {name for name in before if before[name] != after[name]} == reruns
+    after = fingerprints_of_all()
+    assert {name for name in after if after[name] != fingerprints[name]} == reruns
 
 
 def test_a_file_that_a_module_names_counts_with_it(monkeypatch, tmp_path):
