@@ -9,7 +9,7 @@ WORKDIR /build
 COPY . .
 RUN pip install -c constraints.txt ".[serve,support]" && rm -rf /build/* && useradd --create-home --uid 10001 llmprod
 
-USER llmprod
+USER 10001
 WORKDIR /home/llmprod
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
