@@ -256,7 +256,10 @@ def opened_store(place: str) -> object:
     from llmprod.customer_service.privacy import mask
     from llmprod.feedback.store import Store
 
-    return Store(place if "://" in place else f"sqlite:///{Path(place).resolve()}", mask)
+    if "://" not in place:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        place = f"sqlite:///{Path(place).resolve()}"
+    return Store(place, mask)
 
 
 def opened_assistant(place: str) -> Callable | None:

@@ -43,6 +43,7 @@ class Batch:
     waited: list[float]  # seconds in the queue, for each text
     seconds: float
     shadow: list[Answer] | None = None
+    failed: str = ""  # why the shadow bundle gave no answers
 
 
 class Batcher:
@@ -151,6 +152,9 @@ class Batcher:
         batch.seconds = time.perf_counter() - started
         self.rate = 0.8 * self.rate + 0.2 * len(texts) / max(batch.seconds, 1e-6)
         if shadow and not self.queue and self.random.random() < self.shadow_share:
-            batch.shadow = shadow.predict(texts)
+            try:
+                batch.shadow = shadow.predict(texts)
+            except Exception as error:  # whatever it is, the answers are there
+                batch.failed = f"{type(error).__name__}: {error}"
         self.done(batch)
         return batch

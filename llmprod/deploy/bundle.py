@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import softmax
-from transformers import AutoConfig, AutoTokenizer
 
 from llmprod import LLMProdError, files, machine
 from llmprod.models import ModelError, Predictor
-from llmprod.optimize.export import OnnxClassifier
+from llmprod.optimize import export
 
 FORMAT = 1
-MANIFEST, FROZEN, ONNX = "bundle.json", "frozen.json", "model.onnx"
+MANIFEST, FROZEN = "bundle.json", "frozen.json"
 NEAR = 0.05  # how far a frozen text's confidence may move: int8 depends a little on the batch and the processor
 
 
@@ -104,7 +103,7 @@ def write(
 
     Args:
         folder: a new folder, or one that is replaced
-        predictor: a classifier; an `OnnxClassifier` is kept as ONNX, another as safetensors
+        predictor: a classifier; an `export.OnnxClassifier` is kept as ONNX, another as safetensors
         frozen: "text" and "label" of texts that were not trained on; their answers are kept with them
         card: the model card (Markdown)
         temperature: the logits are divided by it (`metrics.temperature`)
@@ -123,9 +122,9 @@ def write(
         "provenance": {"commit": machine.git_commit(), **(provenance or {})},
     }
     with files.atomic(folder) as temporary:
-        if isinstance(predictor.model, OnnxClassifier):
+        if isinstance(predictor.model, export.OnnxClassifier):
             temporary.mkdir()
-            shutil.copy(predictor.model.file, temporary / ONNX)
+            shutil.copy(predictor.model.file, temporary / export.ONNX)
             predictor.model.config.save_pretrained(temporary)
             predictor.tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -154,16 +153,13 @@ def load(folder: str | Path) -> Bundle:
         )
     if changed := differing(manifest["files"], checksums(folder)):
         raise BundleError(f"{folder} was changed since it was written: {', '.join(changed)}. Write or copy it again.")
-    return Bundle(folder, manifest, predictor_of(folder, manifest))
+    return Bundle(folder, manifest, predictor_of(folder))
 
 
-def predictor_of(folder: Path, manifest: Mapping) -> Predictor:
+def predictor_of(folder: Path) -> Predictor:
     """The bundle's model and tokenizer. Raises BundleError for what can't be loaded."""
     try:
-        if not (folder / ONNX).exists():
-            return Predictor.load(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=manifest["max_length"])
-        return Predictor(OnnxClassifier(folder / ONNX, AutoConfig.from_pretrained(folder)), tokenizer, "fp32", 32)
+        return export.load(folder) if (folder / export.ONNX).exists() else Predictor.load(folder)
     except (ModelError, OSError, ValueError) as error:
         raise BundleError(f"The model in {folder} can't be loaded: {error}") from error
 

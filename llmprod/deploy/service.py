@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import ipaddress
 import json
 import socket
@@ -14,7 +13,7 @@ from typing import Protocol
 
 from llmprod import LLMProdError
 from llmprod.deploy.batching import Batch, Batcher, Busy
-from llmprod.deploy.bundle import Answer, Bundle, BundleError
+from llmprod.deploy.bundle import Bundle
 from llmprod.deploy.guard import KEY, Guard, Limits, Meters
 from llmprod.deploy.messages import Classifications, Classified, Feedback, Texts, Turns
 from llmprod.deploy.registry import Registry
@@ -58,11 +57,17 @@ class Service:
         named = {f"{request}-{i}": text for i, text in enumerate(texts)}
         async with asyncio.timeout(self.limits.seconds):
             found = await self.batcher.predict(named, user)
-        return [classified(name, answer, bundle) for name, (answer, bundle) in found.items()]
+        return [
+            Classified(id=name, label=answer.label, confidence=answer.confidence, sure=answer.sure, bundle=bundle)
+            for name, (answer, bundle) in found.items()
+        ]
 
     def done(self, batch: Batch) -> None:
         """Counts a batch, and keeps its answers; a store that fails is counted, and fails no answer."""
         self.meters.batch(batch)
+        if batch.failed:
+            self.meters.failures.labels("shadow").inc()
+            self.meters.log(level="error", message=f"shadow: {batch.failed}")
         if self.store is None:
             return
         shadow = batch.shadow or [None] * len(batch.jobs)
@@ -78,11 +83,8 @@ class Service:
             }
             for job, answer, other in zip(batch.jobs, batch.answers, shadow, strict=True)
         ]
-        try:
+        with self.meters.counted("store", LLMProdError, OSError):
             self.store.add_answers(rows)
-        except (LLMProdError, OSError) as error:
-            self.meters.failures.labels("store").inc()
-            self.meters.log(level="error", message=f"answers were not kept: {error}")
 
     def reload(self) -> str:
         """Serves what the registry names as current, and its shadow, if that changed; returns the current id.
@@ -105,14 +107,8 @@ class Service:
         """Looks at the registry every few seconds; an error leaves what is served."""
         while True:
             await asyncio.sleep(LOOK)
-            with self.meters.counted("reload", BundleError, LLMProdError, OSError):
+            with self.meters.counted("reload", LLMProdError, OSError):
                 await asyncio.to_thread(self.reload)
-
-
-def classified(name: str, answer: Answer, bundle: str) -> Classified:
-    """An answer in the form that leaves the service."""
-    values = dataclasses.asdict(answer)
-    return Classified(id=name, bundle=bundle, **{key: values[key] for key in ("label", "confidence", "sure")})
 
 
 def build(
@@ -147,13 +143,8 @@ def build(
             following.cancel()
         await service.batcher.stop()
 
-    about = {
-        "title": "llmprod",
-        "version": bundle.id,
-        "docs_url": None,
-        "redoc_url": None,
-    }  # the page of docs_url is from elsewhere
-    app = FastAPI(**about, lifespan=lifespan, max_body_size=limits.body)
+    pages = {"docs_url": None, "redoc_url": None}  # they would fetch their code from elsewhere
+    app = FastAPI(title="llmprod", version=bundle.id, lifespan=lifespan, max_body_size=limits.body, **pages)
     app.state.service = service
     app.add_middleware(Guard, limits=limits, meters=meters)
     add_routes(app, service)

@@ -152,7 +152,7 @@ def weights_of(registry: Registry, served: Bundle, weights: Path | None) -> Pred
 
 def keep_weights(registry: Registry, identity: str, trained: Predictor) -> None:
     """Keeps the weights of a bundle that holds only ONNX beside the registry's bundles, for the next iteration."""
-    if (registry.folder / identity / bundle.ONNX).exists():
+    if (registry.folder / identity / export.ONNX).exists():
         trained.save(registry.folder / "weights" / identity, f"# Weights of the bundle {identity}\n")
 
 
@@ -162,7 +162,7 @@ def packed(trained: Predictor, served: Bundle, validation: Dataset, provenance: 
     The temperature is fitted on validation anew.
     """
     if isinstance(served.predictor.model, OnnxClassifier):
-        small = (served.folder / bundle.ONNX).stat().st_size < 2 * trained.model.num_parameters()
+        small = (served.folder / export.ONNX).stat().st_size < 2 * trained.model.num_parameters()
         write = (lambda file: export.save_int8(trained.model, file)) if small else None
         trained = export.save(trained, folder / "onnx", write)
     logits = trained.predict(list(validation["text"]))
