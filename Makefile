@@ -22,11 +22,11 @@ READY := $(ENV)/.llmprod-ready
 LLMPROD = $(BIN)/python -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify report bench reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify report bench bench-gpu reference study lab lint pin sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything that notebooks and tests need, pinned
 
@@ -70,6 +70,9 @@ report: $(READY)  ## write the report and the generated parts of the READMEs
 
 bench: $(READY)  ## time BENCH (training, monitor, recommendation, support or peers) and compare it with other libraries
 	$(BIN)/python -m benchmarks.$(BENCH)
+
+bench-gpu: $(READY)  ## time training and inference on the GPU and the share of its peak (shrunken without one)
+	$(BIN)/python -m benchmarks.gpu
 
 reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours; continues where it stopped)
 	$(LLMPROD) study

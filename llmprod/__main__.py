@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     study = command("study", run_studies, "run the missing runs of the studies in notebooks/studies.yaml")
     study.add_argument("names", nargs="*", help="by default all")
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     command("sync", sync, "upload offline W&B runs")
 
@@ -181,7 +182,7 @@ def run_studies(options: argparse.Namespace) -> int:
     from llmprod.harness import study
 
     for name in options.names or study.declared():
-        ran = study.run(name, again=options.stale)
+        ran = study.run(name, again=options.stale, jobs=options.jobs)
         print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {sum(study.stale(name))} of earlier code (stale)")
     return 0
 

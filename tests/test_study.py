@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -40,7 +41,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "work", lambda dataset: tmp_path / "work")
     monkeypatch.setattr(study, "prepare", lambda dataset: None)
     monkeypatch.setattr(study, "require_commit", lambda: None)
-    monkeypatch.setattr(study, "in_process", lambda name, parameters: study.experiment_of(name)(parameters))
+    monkeypatch.setattr(study, "in_process", lambda name, parameters, jobs: study.experiment_of(name)(parameters))
     return tmp_path, declaration
 
 
@@ -147,6 +148,23 @@ def test_a_run_has_a_process_of_its_own():
     parameters = {"model": "minilm", "max_length": 16}
     assert study.in_process("builtins:dict", parameters) == parameters
     assert study.in_process("tests.test_study:pid", {}) != os.getpid()
+
+
+def test_runs_go_on_at_a_time_and_one_that_fails_loses_no_other(tiny, monkeypatch):
+    meet = threading.Barrier(2)
+
+    def together(name: str, parameters: dict, jobs: int) -> dict:
+        meet.wait(timeout=60)
+        if parameters["seed"] and parameters["strategy"] == "prototypes":
+            raise LLMProdError("no space left")
+        return {"metrics": {"accuracy": 1.0}, "speeds": {}}
+
+    monkeypatch.setattr(study, "in_process", together)
+    with pytest.raises(LLMProdError, match="no space left"):
+        study.run("tiny", jobs=2)
+    found = [(row["parameters"]["seed"], row["parameters"]["strategy"]) for row in study.rows("tiny")]
+    assert found == [(0, "plain"), (0, "prototypes"), (1, "plain")]
+    assert all(row["provenance"]["machine"].endswith("2 runs at a time") for row in study.rows("tiny"))
 
 
 def test_a_killed_study_leaves_no_process(tmp_path):

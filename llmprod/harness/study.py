@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
@@ -119,11 +120,13 @@ def stale(name: str) -> list[bool]:
     return [row["code"] != code(row["parameters"], today[row["parameters"]["experiment"]]) for row in found]
 
 
-def run(name: str, again: bool = False) -> int:
+def run(name: str, again: bool = False, jobs: int = 1) -> int:
     """Runs the missing runs of a study, each in a process of its own, and returns their number.
 
-    With `again`, also those whose rows are stale. Raises LLMProdError if there are uncommitted changes: a row names the
-    commit that made it.
+    With `again`, also those whose rows are stale. `jobs` runs go on at a time (speeds are then those of a shared
+    machine); a run that fails lets those in progress finish and starts no other.
+
+    Raises LLMProdError if there are uncommitted changes: a row names the commit that made it.
     """
     plan = {key(parameters): parameters for parameters in grid(name)}
     outdated = {row["key"] for row, old in zip(rows(name), stale(name), strict=True) if old and again}
@@ -132,24 +135,47 @@ def run(name: str, again: bool = False) -> int:
     if missing:
         require_commit()
     write(name, plan, {})  # rows of an earlier declaration go
-    for k, parameters in (bar := tqdm(missing.items(), desc=name)):
-        bar.set_postfix_str(", ".join(f"{p}={v}" for p, v in parameters.items()))
-        experiment = declarations()["experiments"][parameters["experiment"]]
-        everything = defaults(parameters["experiment"]) | parameters
-        if experiment.get("splits"):
-            prepare(everything["dataset"])
-            everything["splits"] = str(work(everything["dataset"]) / "work" / "01_data" / "splits")
-        started, fingerprint = time.time(), code(parameters)
-        found = in_process(experiment["run"], everything)
-        stamp = {
-            "minutes": round((time.time() - started) / 60, 2),
-            "machine": machine.describe(),
-            "commit": machine.git_commit(),
-            "versions": machine.versions(machine.SHOWN),
-        }
-        row = {"key": k, "code": fingerprint, "parameters": parameters, **found, "provenance": stamp}
-        write(name, plan, {k: row})
+    for dataset in {dataset for parameters in missing.values() if (dataset := splits_of(parameters))}:
+        prepare(dataset)
+    lock = threading.Lock()
+
+    def one(k: str) -> str:
+        row = measure(missing[k], jobs)
+        with lock:
+            write(name, plan, {k: row})
+        return ", ".join(f"{p}={v}" for p, v in missing[k].items())
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        finished = as_completed([pool.submit(one, k) for k in missing])
+        for future in (bar := tqdm(finished, desc=name, total=len(missing))):
+            bar.set_postfix_str(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return len(missing)
+
+
+def splits_of(parameters: Mapping[str, object]) -> str:
+    """The data set whose splits a run needs; "" if none."""
+    needs = declarations()["experiments"][parameters["experiment"]].get("splits")
+    return (defaults(parameters["experiment"]) | parameters)["dataset"] if needs else ""
+
+
+def measure(parameters: Mapping[str, object], jobs: int = 1) -> dict[str, object]:
+    """A finished run: its row, with what it found and how."""
+    experiment = declarations()["experiments"][parameters["experiment"]]
+    everything = defaults(parameters["experiment"]) | parameters
+    if dataset := splits_of(parameters):
+        everything["splits"] = str(work(dataset) / "work" / "01_data" / "splits")
+    started, fingerprint = time.time(), code(parameters)
+    found = in_process(experiment["run"], everything, jobs)
+    stamp = {
+        "minutes": round((time.time() - started) / 60, 2),
+        "machine": machine.describe() + (f", {jobs} runs at a time" if jobs > 1 else ""),
+        "commit": machine.git_commit(),
+        "versions": machine.versions(machine.SHOWN),
+    }
+    return {"key": key(parameters), "code": fingerprint, "parameters": parameters, **found, "provenance": stamp}
 
 
 def write(name: str, plan: Mapping[str, dict], new: Mapping[str, dict]) -> None:
@@ -171,8 +197,10 @@ def require_commit() -> None:
         raise LLMProdError(f"A row names the commit that made it, and {names} differ from it. Commit, then run again.")
 
 
-def in_process(experiment: str, parameters: dict) -> dict:
+def in_process(experiment: str, parameters: dict, jobs: int = 1) -> dict:
     """The result of an experiment (`module:function`) from a process of its own, so that its peak memory is its own.
+
+    It gets the `jobs`-th part of the processors, unless $OMP_NUM_THREADS says otherwise.
 
     Forked, if the system can, from a server that has imported everything and computed nothing: a fork of a process
     whose threads have worked would wait for them for ever.
@@ -180,7 +208,7 @@ def in_process(experiment: str, parameters: dict) -> dict:
     context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
     if hasattr(os, "fork"):
         context.set_forkserver_preload([experiment.partition(":")[0]])
-    with context.Pool(1, initializer=begin_process) as pool:
+    with context.Pool(1, initializer=begin_process, initargs=(jobs,)) as pool:
         return pool.apply(experiment_of(experiment), (parameters,))
 
 
@@ -190,7 +218,7 @@ def experiment_of(name: str) -> Callable[[dict], dict]:
     return getattr(importlib.import_module(module), function)
 
 
-def begin_process() -> None:
+def begin_process(jobs: int) -> None:
     """Sets threads and log level, and ends this process with its parent: a killed study leaves nothing running."""
 
     def wait() -> None:
@@ -198,6 +226,8 @@ def begin_process() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // jobs)))
     machine.set_threads()
     machine.quiet()
 
