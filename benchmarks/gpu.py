@@ -39,13 +39,13 @@ TRAINING = {
     "plain Trainer": "what Trainer does by itself: float32, AdamW, dropout, random batches of 32, padded",
     "plain Trainer, bf16": "the same with bf16=True",
     "llmprod": "bf16, batches by token budget, fused AdamW, no dropout, token embeddings left as they are",
-    "llmprod, SDPA": "the same with PyTorch's scaled_dot_product_attention",
-    "llmprod, compiled": "the same with SDPA and torch.compile",
+    "llmprod, eager attention": "the same without PyTorch's fused attention",
+    "llmprod, compiled": "with fused attention and torch.compile",
 }
 INFERENCE = {
     "pipeline": "transformers.pipeline on the same texts: float32, batches of 32",
     "llmprod": "Predictor: bf16, batches of texts of similar length",
-    "llmprod, SDPA": "the same with PyTorch's scaled_dot_product_attention",
+    "llmprod, eager attention": "the same without PyTorch's fused attention",
 }
 LABELS = ["a", "b"]
 
@@ -252,7 +252,8 @@ def infer(variant: str, folder: Path, texts: Sequence[str], batch_tokens: int) -
 def prepared(variant: str, folder: Path) -> Predictor:
     """A classifier on the encoder, with the attention and compilation that the variant names."""
     predictor = Predictor.pretrained(str(folder), LABELS, dropout=0.0, max_length=512)
-    predictor.model.encoder.set_attn_implementation("eager" if variant == "llmprod" else "sdpa")
+    if variant.endswith("eager attention"):
+        predictor.model.encoder.set_attn_implementation("eager")
     if variant.endswith("compiled"):
         predictor.model.compile()
     return predictor

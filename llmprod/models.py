@@ -67,6 +67,7 @@ class Classifier(PreTrainedModel):
     """
 
     base_model_prefix = "encoder"
+    _supports_sdpa = _supports_flash_attn = True  # whatever attention the encoder has; else the slowest is taken
     _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
     COSINE_SCALE = 20.0
 
