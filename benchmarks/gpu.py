@@ -39,13 +39,11 @@ TRAINING = {
     "plain Trainer": "what Trainer does by itself: float32, AdamW, dropout, random batches of 32, padded",
     "plain Trainer, bf16": "the same with bf16=True",
     "llmprod": "bf16, batches by token budget, fused AdamW, no dropout, token embeddings left as they are",
-    "llmprod, eager attention": "the same without PyTorch's fused attention",
-    "llmprod, compiled": "with fused attention and torch.compile",
+    "llmprod, compiled": "the same with torch.compile",
 }
 INFERENCE = {
     "pipeline": "transformers.pipeline on the same texts: float32, batches of 32",
     "llmprod": "Predictor: bf16, batches of texts of similar length",
-    "llmprod, eager attention": "the same without PyTorch's fused attention",
 }
 LABELS = ["a", "b"]
 
@@ -76,14 +74,15 @@ def main() -> None:
             parts["Banking77"] = banking
         for part, texts in parts.items():
             tokens = tokenizer(list(texts[:512]), truncation=True, max_length=512)["input_ids"]
-            flop = flop_a_token(options.layers, float(np.mean([len(ids) for ids in tokens])))
             words = float(np.mean([len(ids) for ids in tokens]))
+            flop = flop_a_token(options.layers, words)
             for task, variants in (("training", TRAINING), ("inference", INFERENCE)):
                 for variant in variants:
                     if variant.endswith("compiled") and (part != "128 tokens" or not cuda):
                         continue  # one length shows what it gives; each costs a compilation, and the CPU's a compiler
                     start = train if task == "training" else infer
-                    done = rate(start(variant, folder, texts, options.batch_tokens), options.seconds)
+                    few = max(32, 4 * options.batch_tokens // round(words))
+                    done = rate(start(variant, folder, texts, options.batch_tokens), options.seconds, few)
                     factor = 3 if task == "training" else 1
                     done |= {"MFU": done["texts/s"] * words * factor * flop / peak}
                     rows.append({"texts": part, "task": task, "variant": variant} | done)
@@ -173,9 +172,8 @@ def driver() -> str:
 # How
 
 
-def rate(go: Callable[[int], None], seconds: float) -> dict[str, float]:
+def rate(go: Callable[[int], None], seconds: float, few: int) -> dict[str, float]:
     """Texts per second and peak memory of `go(texts)`: twice a few texts to warm up, then as many as fill the time."""
-    few = 512 if torch.cuda.is_available() else 32
     go(few)
     started = clock()
     go(few)
@@ -250,10 +248,8 @@ def infer(variant: str, folder: Path, texts: Sequence[str], batch_tokens: int) -
 
 
 def prepared(variant: str, folder: Path) -> Predictor:
-    """A classifier on the encoder, with the attention and compilation that the variant names."""
+    """A classifier on the encoder, compiled where the variant's name says so."""
     predictor = Predictor.pretrained(str(folder), LABELS, dropout=0.0, max_length=512)
-    if variant.endswith("eager attention"):
-        predictor.model.encoder.set_attn_implementation("eager")
     if variant.endswith("compiled"):
         predictor.model.compile()
     return predictor
