@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from llmprod import LLMProdError, files, models
 from llmprod.deploy import batching, bundle, guard, load, service
@@ -347,6 +348,34 @@ def test_requests_made_from_its_own_description(running):
 
         send()
     assert tried > 30, "each operation with a body, fifteen times"
+
+
+def test_an_assistant_and_a_recommender_answer_and_replies_are_kept(made, tmp_path):
+    """Stand-ins for what 11 and 13 save: the routes, what is stored, and an item that the catalogue lacks."""
+
+    def answer(turns):
+        return {"action": "hand over" if "person" in turns[-1] else "answer", "text": "", "summary": {}}
+
+    def recommend(liked, wish, count):
+        if "x" in liked:
+            raise LLMProdError("The catalogue has no item x.")
+        return [{"id": "1", "title": wish, "because": list(liked)}][:count]
+
+    store = Store(f"sqlite:///{tmp_path / 'store.db'}")
+    with TestClient(service.build(made, store, answer=answer, recommend=recommend)) as client:
+        said = client.post("/answer", json={"turns": ["Where is it?", "Get me a person"]}).json()
+        assert said["action"] == "hand over"
+        assert client.post("/feedback", json={"id": said["id"], "user": "u1", "verdict": "up"}).json() == {"new": True}
+        found = client.post("/recommend", json={"liked": ["7"], "wish": "robots", "count": 3}).json()["items"]
+        assert found == [{"id": "1", "title": "robots", "because": ["7"]}]
+        missing = client.post("/recommend", json={"liked": ["x"]})
+        assert missing.status_code == 422 and "no item x" in missing.text
+        assert client.post("/recommend", json={"count": 0}).status_code == 422
+    (row,) = store.table("answers").to_dict("records")
+    assert (row["request"], row["source"], row["label"], row["text"]) == (
+        said["id"], "answer", "hand over", "Get me a person",
+    )  # fmt: skip
+    store.engine.dispose()
 
 
 def test_limits_of_size_and_rate(running, registry):

@@ -25,6 +25,7 @@ from llmprod.feedback.store import FeedbackError, Store
 from llmprod.finetune import fewshot
 from llmprod.finetune.recipe import Recipe
 from llmprod.models import Predictor
+from tests.test_deploy import Running
 
 # The store
 
@@ -200,6 +201,23 @@ def test_two_reviewers_settle_a_label_or_a_third_decides(store):
         review.agreement(store, "reviewer 1", "reviewer 9")
 
 
+def test_the_shadow_is_tested_from_the_log(store):
+    """On 60 audited texts the shadow is right throughout, the served one on every other; picked ones don't count."""
+    with pytest.raises(FeedbackError, match="shadow"):
+        review.shadow_test(store)
+    for number in range(90):
+        label = "acq" if number % 2 else "earn"
+        answer(store, f"r{number}", label=label, shadow="" if number >= 80 else "acq")
+    store.queue({f"r{number}": review.AUDIT if number < 60 or number >= 80 else review.UNSURE for number in range(90)})
+    for name in ("reviewer 1", "reviewer 2"):
+        for number in range(90):
+            store.add_review(f"r{number}", name, "acq" if number < 60 else "earn")
+    found = review.shadow_test(store)
+    assert len(found) == 60 and found["time"].is_monotonic_increasing
+    assert found["mean"].iloc[-1] == 0.5 and found["low"].iloc[-1] > 0 and found["p"].iloc[-1] < 0.01
+    assert found["low"].iloc[3] < 0, "not after four texts"
+
+
 def test_the_widget_writes_reviews(store):
     answer(store, "r1")
     store.queue({"r1": review.AUDIT})
@@ -225,7 +243,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     table = data.drop_duplicates(data.clean(data.load("reuters-r8"))[0])[0]
     table = table[table["label"].isin(["earn", "acq", "crude"])]
-    data.save(data.split(table, validation_share=0.2, train_rows=240, test_rows=320, seed=1), folder / "splits", {})
+    data.save(data.split(table, validation_share=0.2, train_rows=240, test_rows=400, seed=1), folder / "splits", {})
     splits, labels, _ = data.prepared(folder / "splits")
     start = Predictor.pretrained("minilm", labels, dropout=0.0, max_length=48, precision="fp32")
     chosen, _ = fewshot.sample_shots(splits["train"], 30, 0)
@@ -237,8 +255,8 @@ def world(tmp_path_factory):
     registry = Registry(folder / "served")
     registry.promote(registry.add(made), "the first")
     texts, numbers = list(splits["test"]["text"]), list(splits["test"]["label"])
-    users = [(" ".join(texts[i].split()[:SHORT]), labels[numbers[i]]) for i in range(160)]
-    old = {"text": texts[160:], "label": [labels[k] for k in numbers[160:]]}
+    users = [(" ".join(texts[i].split()[:SHORT]), labels[numbers[i]]) for i in range(200)]
+    old = {"text": texts[200:], "label": [labels[k] for k in numbers[200:]]}
     return splits, labels, registry, users, old, texts
 
 
@@ -261,7 +279,7 @@ def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) ->
             for name, (_, label) in zip(names, users, strict=True):
                 store.add_review(name, reviewer, label)
         recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
-        rules = promotion.Rules(old_tolerance=0.02)  # 160 texts can't resolve half a point
+        rules = promotion.Rules(old_tolerance=0.02)  # 200 texts can't resolve half a point
         decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=20, rules=rules)
     decision.current = registry.state()["current"]
     if decision.promoted:
@@ -271,18 +289,55 @@ def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) ->
 
 def test_reviewed_feedback_changes_what_is_served(world, tmp_path):
     _, _, registry, users, _, _ = world
-    decision = iterated(world, tmp_path, users)
+    decision = iterated(world, tmp_path, users[:160])
     assert decision.promoted, decision.reasons
     assert decision.current == decision.candidate != decision.parent
     assert decision.numbers["new, change"] > 0 and decision.numbers["p"] <= 0.05
     assert decision.numbers["old, change"] >= -0.02 - 1e-9
     kept = registry.load(decision.candidate).manifest["provenance"]
     assert kept["parent"] == decision.parent and kept["reviewed texts learnt"] <= 80 and len(kept["data"]) == 64
-    assert decision.classes["texts"].sum() == 240
+    assert decision.classes["texts"].sum() == 280
+
+
+def test_a_correction_given_today_is_answered_tomorrow(world, tmp_path):
+    """The whole round over HTTP: serve, 200 questions, corrections, review, iterate, the new bundle answers."""
+    splits, _, registry, users, old, _ = world
+    address, before = tmp_path / "answers.sqlite", registry.state()["current"]
+    served = Running(registry.folder, "--store", str(address))
+    try:
+        texts, truth = [" ".join(text.split()[:5]) for text, _ in users], {}
+        asked = served.http.post("/classify", json={"texts": texts, "user": "u1"}).json()["answers"]
+        for said, (_, right) in zip(asked, users, strict=True):
+            truth[said["id"]] = right
+        wrong = [said["id"] for said in asked if said["label"] != truth[said["id"]]][:30]
+        for name in wrong:
+            said = {"id": name, "user": "u1", "verdict": "corrected", "label": truth[name]}
+            assert served.http.post("/feedback", json=said).json() == {"new": True}
+        with Store(f"sqlite:///{address}") as store:
+            queued = review.fill(store, {review.AUDIT: 80, review.DOWN: 30, review.UNSURE: 90}, seed=0)
+            for reviewer in ("reviewer 1", "reviewer 2"):
+                for name in review.waiting_for(store, reviewer)["request"]:
+                    store.add_review(name, reviewer, truth[name])
+            recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
+            decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=40)
+        assert decision.promoted, decision.reasons
+        assert decision.numbers["old, change"] >= -0.005
+        assert served.http.post("/reload").json() == {"bundle": decision.candidate}
+        learnt = [name for name in wrong if queued.loc[name, "reason"] == review.DOWN]
+        number = {said["id"]: text for said, text in zip(asked, texts, strict=True)}
+        again = served.http.post("/classify", json={"texts": [number[name] for name in learnt]}).json()["answers"]
+        right = [said["label"] == truth[name] for said, name in zip(again, learnt, strict=True)]
+        assert len(wrong) >= 15 and np.mean(right) >= 0.8
+        assert {said["bundle"] for said in again} == {decision.candidate} != {before}
+    finally:
+        served.end()
+        if registry.state()["current"] != before:
+            registry.roll_back("the next test")
 
 
 def test_a_poisoned_batch_is_refused(world, tmp_path):
     _, _, registry, users, _, _ = world
+    users = users[:160]
     labels = np.random.default_rng(0).permutation([label for _, label in users])
     decision = iterated(world, tmp_path, [(text, str(label)) for (text, _), label in zip(users, labels, strict=True)])
     assert not decision.promoted and any("not better" in reason for reason in decision.reasons)
@@ -291,7 +346,7 @@ def test_a_poisoned_batch_is_refused(world, tmp_path):
 
 def test_a_batch_that_helps_one_class_at_anothers_cost_is_refused(world, tmp_path):
     _, _, _, users, _, texts = world
-    whole = [(texts[i], "acq" if label == "earn" else label) for i, (_, label) in enumerate(users)]
+    whole = [(texts[i], "acq" if label == "earn" else label) for i, (_, label) in enumerate(users[:160])]
     decision = iterated(world, tmp_path, whole)
     assert not decision.promoted and any(reason.startswith("'earn' loses") for reason in decision.reasons)
     assert decision.numbers["new, change"] > 0  # it is better by what the reviewers said

@@ -53,3 +53,15 @@ class Turns(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"turns": ["Where is my order?"]}]})
     turns: list[Text] = Field(min_length=1, max_length=50)
+
+
+class Wanted(BaseModel):
+    """What someone liked, by the ids of the catalogue, what they wish for in words, or both."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"liked": ["50"], "wish": "A space adventure with robots", "count": 5}]},
+    )
+    liked: list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] = Field([], max_length=1000)
+    wish: str = Field("", max_length=2000)
+    count: int = Field(10, ge=1, le=100)

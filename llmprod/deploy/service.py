@@ -15,7 +15,7 @@ from llmprod import LLMProdError
 from llmprod.deploy.batching import Batch, Batcher, Busy
 from llmprod.deploy.bundle import Bundle
 from llmprod.deploy.guard import KEY, Guard, Limits, Meters
-from llmprod.deploy.messages import Classifications, Classified, Feedback, Texts, Turns
+from llmprod.deploy.messages import Classifications, Classified, Feedback, Texts, Turns, Wanted
 from llmprod.deploy.registry import Registry
 from llmprod.extras import extra
 
@@ -86,6 +86,13 @@ class Service:
         with self.meters.counted("store", LLMProdError, OSError):
             self.store.add_answers(rows)
 
+    def keep_reply(self, request: str, text: str, action: str) -> None:
+        """Keeps what the assistant did with a customer's turn: "answer", "ask" or "hand over" is its label."""
+        row = {"request": request, "bundle": "assistant", "text": text, "label": action, "confidence": 1.0}
+        if self.store is not None:
+            with self.meters.counted("store", LLMProdError, OSError):
+                self.store.add_answers([row | {"source": "answer"}])
+
     def reload(self) -> str:
         """Serves what the registry names as current, and its shadow, if that changed; returns the current id.
 
@@ -116,6 +123,7 @@ def build(
     store: Store | None = None,
     limits: Limits | None = None,
     answer: Callable[[Sequence[str]], dict] | None = None,
+    recommend: Callable[[Sequence[str], str, int], list[dict]] | None = None,
 ) -> FastAPI:
     """The application; `app.state.service` is what its routes use.
 
@@ -124,6 +132,7 @@ def build(
         store: where answers and feedback are kept; without one there is no feedback
         limits: of size, rate and time
         answer: a customer's turns -> the assistant's reply; without it there is no /answer
+        recommend: ids of liked items, a wish, how many -> items; without it there is no /recommend
     """
     registry = source if isinstance(source, Registry) else None
     bundle = registry.load() if registry else source
@@ -150,6 +159,8 @@ def build(
     add_routes(app, service)
     if answer:
         add_assistant(app, service, answer)
+    if recommend:
+        add_recommender(app, service, recommend)
     return app
 
 
@@ -226,9 +237,25 @@ def add_assistant(app: FastAPI, service: Service, answer: Callable[[Sequence[str
 
     @app.post("/answer", responses={503: {"description": "no answer in time"}})
     async def reply(asked: Turns) -> dict:
-        """The reply to a customer's last turn: answer, question or hand-over."""
+        """The reply to a customer's last turn (answer, question or hand-over); `id` is what feedback names."""
         async with asyncio.timeout(service.limits.seconds), one_at_a_time:
-            return await asyncio.to_thread(answer, asked.turns)
+            said = await asyncio.to_thread(answer, asked.turns)
+        request = uuid.uuid4().hex
+        await asyncio.to_thread(service.keep_reply, request, asked.turns[-1], said["action"])
+        return {"id": request} | said
+
+
+def add_recommender(app: FastAPI, service: Service, recommend: Callable[[Sequence[str], str, int], list[dict]]) -> None:
+    """The recommender of 13_recommendation."""
+
+    @app.post("/recommend", responses={503: {"description": "no answer in time"}})
+    async def items(asked: Wanted) -> dict[str, list]:
+        """Items for what someone liked, for a wish in words, or for both."""
+        try:
+            async with asyncio.timeout(service.limits.seconds):
+                return {"items": await asyncio.to_thread(recommend, asked.liked, asked.wish, asked.count)}
+        except LLMProdError as error:
+            raise HTTPException(422, str(error)) from error
 
 
 class Lines(Response):

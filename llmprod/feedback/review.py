@@ -7,6 +7,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from llmprod.evaluate import metrics
+from llmprod.feedback import sequential
 from llmprod.feedback.store import FeedbackError, Store
 
 DISAGREEMENT, UNSURE, DOWN, AUDIT = "disagreement", "low confidence", "thumbs down", "random audit"
@@ -63,8 +64,8 @@ def waiting_for(store: Store, reviewer: str) -> pd.DataFrame:
 def settled(store: Store) -> pd.DataFrame:
     """The reviewed answers: two reviewers gave the same label, or a third one decided where they differed.
 
-    Returns `request`, `text`, `label` (the reviewers'), `served` (the model's), `reason`, and `how`: "unanimous" or
-    "adjudicated".
+    Returns `request`, `text`, `label` (the reviewers'), `served` (the model's), `shadow` (the shadow bundle's, or ""),
+    `reason`, `time` (of the answer), and `how`: "unanimous" or "adjudicated".
     """
     reviews, queue = store.table("reviews"), store.table("queue").set_index("request")["reason"]
     answers, rows = store.table("answers").set_index("request"), []
@@ -73,8 +74,22 @@ def settled(store: Store) -> pd.DataFrame:
         if request in queue.index and (unanimous or len(labels) >= 3):
             how, label = ("unanimous", labels[0]) if unanimous else ("adjudicated", labels[2])
             of = answers.loc[request]
-            rows.append((request, of["text"], label, of["label"], queue[request], how))
-    return pd.DataFrame(rows, columns=["request", "text", "label", "served", "reason", "how"])
+            rows.append((request, of["text"], label, of["label"], of["shadow"], queue[request], of["time"], how))
+    return pd.DataFrame(rows, columns=["request", "text", "label", "served", "shadow", "reason", "time", "how"])
+
+
+def shadow_test(store: Store, alpha: float = 0.05) -> pd.DataFrame:
+    """The A/B test from the service's log: the shadow bundle's answers against the served ones, on audited texts.
+
+    One row for each audited and settled answer that the shadow gave, too, the oldest first, with the confidence
+    sequence of the difference in accuracy so far (see `sequential.confidence_sequence`). Raises FeedbackError where
+    there is none.
+    """
+    found = settled(store).query(f"reason == '{AUDIT}' and shadow != ''").sort_values("time", kind="stable")
+    if found.empty:
+        raise FeedbackError("No answer that the shadow bundle gave, too, is audited and settled yet.")
+    differences = sequential.paired(*(found[name].to_numpy() for name in ("label", "shadow", "served")))
+    return pd.concat([found.reset_index(drop=True), sequential.confidence_sequence(differences, alpha)], axis=1)
 
 
 def agreement(store: Store, one: str, other: str, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
