@@ -30,7 +30,8 @@ from transformers import (
     pipeline,
 )
 
-from llmprod import artifacts, data, files, machine, models, paths
+from benchmarks import record
+from llmprod import artifacts, data, machine, models
 from llmprod.finetune.recipe import Recipe
 from llmprod.finetune.trainer import trainer
 from llmprod.models import Predictor
@@ -49,14 +50,13 @@ LABELS = ["a", "b"]
 
 
 def main() -> None:
-    """Measures every variant and length in turn, prints the tables and writes `reports/bench/gpu.json`."""
+    """Measures every variant and length in turn, prints the tables and records them."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512] if cuda else [16])
     parser.add_argument("--layers", type=int, default=12 if cuda else 2)
     parser.add_argument("--seconds", type=float, default=4 if cuda else 1, help="of each measurement, about")
     parser.add_argument("--batch-tokens", type=int, default=32768 if cuda else 512)
-    parser.add_argument("--output", type=Path, default=paths.REPORTS / "bench" / "gpu.json")
     options = parser.parse_args()
     machine.quiet()
     disable_progress_bars()
@@ -93,18 +93,8 @@ def main() -> None:
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     for task, variants in (("training", TRAINING), ("inference", INFERENCE)):
         print(f"\n{task}\n" + "\n".join(f"  {name}: {text}" for name, text in variants.items()))
-    files.write_json(
-        options.output,
-        {
-            "machine": machine.describe(),
-            "driver": driver(),
-            "versions": machine.versions(machine.SHOWN),
-            "commit": machine.git_commit(),
-            "bf16 peak, TFLOP/s": peak / 1e12,
-            "layers": options.layers,
-            "rows": table.to_dict("records"),
-        },
-    )
+    facts = {"driver": driver(), "bf16 peak, TFLOP/s": peak / 1e12, "layers": options.layers}
+    record("gpu" if cuda else "gpu-shrunken", table.to_dict("records"), **facts)
 
 
 # What is measured

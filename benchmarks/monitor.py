@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 
 import pandas as pd
 
+from benchmarks import record
 from llmprod import data, machine, models
 from llmprod.financial_sentiment import sentiment
 from llmprod.harness import results
@@ -106,11 +107,13 @@ def main() -> None:
                 for name, source in followed.items():
                     (folder / name).mkdir()
                     speed = through(scorer, source, folder / name, len(texts))
-                    rows.append([kind, layers, precision, name, f"{alone:.0f}", f"{speed:.0f}", f"{speed / alone:.2f}"])
+                    rows.append([kind, layers, precision, name, alone, speed, speed / alone])
                 server.shutdown()
     speeds = ["encoder alone, documents/s", "whole monitor, documents/s", "ratio"]
     print(machine.describe())
-    print(results.markdown(pd.DataFrame(rows, columns=["texts", "layers", "precision", "source", *speeds])))
+    table = pd.DataFrame(rows, columns=["texts", "layers", "precision", "source", *speeds])
+    print(results.markdown(table.round(dict(zip(speeds, (0, 0, 2), strict=True)))))
+    record("monitor", table.to_dict("records"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pandas as pd
 from cornac.data import Dataset
 from cornac.models import VAECF, BiVAECF, Recommender
 
+from benchmarks import record
 from llmprod import machine, models
 from llmprod.harness import results
 from llmprod.recommendation import catalogues, datasets, protocols, ranking, reranker, scorers
@@ -65,7 +66,7 @@ def main() -> None:
         "Cornac: BiVAE": lambda: of_cornac(bivae, train, catalogue.shape),
         "Cornac: VAECF": lambda: of_cornac(vae, train, catalogue.shape),
     }
-    rows, first = [], None
+    rows, numbers, first = [], [], None
     for name, make in makers.items():
         started = time.perf_counter()
         scores = make()
@@ -74,10 +75,13 @@ def main() -> None:
         first = found["nDCG"] if first is None else first
         gain, low, high = ranking.paired_bootstrap(first, found["nDCG"])
         shown = "" if name == "ours: hybrid" else f"{gain:+.4f} ({low:+.4f} to {high:+.4f})"
-        rows.append([name, f"{found['nDCG'].mean():.4f}", f"{found['precision'].mean():.4f}", f"{seconds:.0f}", shown])
+        means = [found[metric].mean() for metric in ("nDCG", "precision")]
+        rows.append([name, *(f"{mean:.4f}" for mean in means), f"{seconds:.0f}", shown])
+        numbers.append(dict(zip(("model", "nDCG@10", "precision@10", "s"), [name, *means, seconds], strict=True)))
         print(*rows[-1], flush=True)
     print(machine.describe())
     print(results.markdown(pd.DataFrame(rows, columns=["model", "nDCG@10", "precision@10", "s", "the hybrid's gain"])))
+    record("peers", numbers)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from implicit.utils import ParameterWarning
 from scipy.sparse import csr_matrix, load_npz, save_npz
 from threadpoolctl import threadpool_limits
 
+from benchmarks import record
 from llmprod import machine
 from llmprod.harness import study
 from llmprod.recommendation import catalogues, ranking, reranker, scorers
@@ -306,6 +307,7 @@ def main() -> None:
                 numbers = f" {row['seconds']:.2f} | {row['own']:.0f} | {row['peak']:.0f} |"
                 print(f"{start}{numbers} {row['quality']} | {row['note']} |", flush=True)
                 rows.append(row)
+    record("recommendation", [{name: value for name, value in row.items() if name != "folder"} for row in rows])
     print("\n" + ends(rows, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6))
 
 

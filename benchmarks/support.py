@@ -14,20 +14,21 @@ import faiss
 import numpy as np
 import torch
 
+from benchmarks import record
 from llmprod import machine, paths
 from llmprod.customer_service import assistant, desk, evaluation, retrieval
 
 QUERIES = 200
 
 
-def milliseconds(function: object, questions: list) -> str:
+def milliseconds(function: object, questions: list) -> dict[str, float]:
     """Median and 99th percentile of a call, in milliseconds."""
     took = []
     for question in questions:
         started = time.perf_counter()
         function(question)
         took.append(1000 * (time.perf_counter() - started))
-    return f"p50 {np.median(took):7.2f} ms, p99 {np.quantile(took, 0.99):7.2f} ms"
+    return {"p50, ms": float(np.median(took)), "p99, ms": float(np.quantile(took, 0.99))}
 
 
 def many(shop: desk.Desk, vectors: np.ndarray, count: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
@@ -54,7 +55,13 @@ def main() -> None:
     helper = assistant.Assistant.load(Path(options.bundle))
     questions = evaluation.every_question(shop, "test")["text"].tolist()[::2]
     helper.respond(questions[0])
-    print(f"reply, {len(questions)} questions: {milliseconds(helper.respond, questions)}")
+    rows = []
+
+    def timed(what: str, function: object, asked: list, passages: int) -> None:
+        rows.append({"what": what, "passages": passages, "calls": len(asked)} | milliseconds(function, asked))
+        print(f"{what}: p50 {rows[-1]['p50, ms']:.2f} ms, p99 {rows[-1]['p99, ms']:.2f} ms")
+
+    timed("reply", helper.respond, questions, len(shop.passages))
     near = helper.index.vectors
     for count in options.passages:
         texts, vectors = many(shop, near, count)
@@ -68,11 +75,12 @@ def main() -> None:
         best, found = exact.search(queries, 10)[1], index.dense.search(queries, 10)[1]
         recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(best, found, strict=True)])
         for name, dense in ((type(index.dense).__name__, index.dense), ("exact", exact)):
-            print(f"  vectors, {name}: {milliseconds(partial(nearest, dense), list(queries))}")
+            timed(f"vectors, {name}", partial(nearest, dense), list(queries), count)
         print(f"  recall@10 of the index: {recall:.3f}")
         for weight, name in ((0.0, "BM25"), (0.9, "fused, with the question's vector")):
             index.weight = weight
-            print(f"  {name}: {milliseconds(partial(ask, index), questions[:QUERIES])}")
+            timed(name, partial(ask, index), questions[:QUERIES], count)
+    record("support", rows, threads=1)
 
 
 def nearest(dense: faiss.Index, vector: np.ndarray) -> object:

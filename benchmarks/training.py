@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 VARIANTS = {
     "padded to 128": "the source text's recipe: every text padded to 128 tokens, float32",
     "plain Trainer": "dynamic padding, batches at random, AdamW, float32: what Trainer does by itself",
@@ -114,12 +116,14 @@ def main() -> None:
         print(json.dumps(measure(options.variant, options.dataset[0], options.rows, options.batch_size)))
         return
 
+    from benchmarks import record
     from llmprod import artifacts, machine
 
     machine.set_threads()
     print(f"{machine.describe()}; {machine.device_and_precision()[2]}")
     peak = gemm_peak()
     print("GEMM peak, GFLOP/s: " + ", ".join(f"{name} {value:.0f}" for name, value in peak.items()))
+    rows: list[dict] = []
     for dataset in options.dataset:
         try:
             artifacts.fetch(dataset)
@@ -130,14 +134,14 @@ def main() -> None:
             f"\n{dataset}, minilm, {options.rows} texts, batch {options.batch_size}, median of {options.repeats} turns"
         )
         found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
-        for _ in range(options.repeats):
-            for variant in VARIANTS:
-                command = [sys.executable, "-m", "benchmarks.training", "--variant", variant, "--dataset", dataset]
-                command += ["--rows", str(options.rows), "--batch-size", str(options.batch_size)]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRACKING": "none"})
-                if done.returncode:
-                    sys.exit(done.stderr)
-                found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+        for variant in (bar := tqdm([variant for _ in range(options.repeats) for variant in VARIANTS], desc=dataset)):
+            bar.set_postfix_str(variant)
+            command = [sys.executable, "-m", "benchmarks.training", "--variant", variant, "--dataset", dataset]
+            command += ["--rows", str(options.rows), "--batch-size", str(options.batch_size)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRACKING": "none"})
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
         rates = {variant: statistics.median(turn["rate"] for turn in turns) for variant, turns in found.items()}
         print(
             f"{'variant':16}{'texts/s':>9}{'/ padded':>10}{'/ plain':>9}{'peak MB':>9}{'GFLOP/s':>9}{'of GEMM':>9}"
@@ -148,11 +152,15 @@ def main() -> None:
             memory = statistics.median(turn["memory"] for turn in turns)
             useful = statistics.median(turn["GFLOP/s"] for turn in turns)
             share = useful / peak["bf16" if variant.endswith("bf16") else "fp32"]
+            ratios = {f"texts/s over {peer}": rate / rates[peer] for peer in ("padded to 128", "plain Trainer")}
+            numbers = {"texts/s": rate, "peak MB": memory, "GFLOP/s": useful, "share of GEMM peak": share}
+            rows.append({"dataset": dataset, "variant": variant} | numbers | ratios)
             print(
                 f"{variant:16}{rate:9.1f}{rate / rates['padded to 128']:10.2f}{rate / rates['plain Trainer']:9.2f}"
                 f"{memory:9.0f}{useful:9.0f}{share:9.0%}   {min(each):.1f} to {max(each):.1f}"
             )
     print("\n" + "\n".join(f"{variant}: {text}" for variant, text in VARIANTS.items()))
+    record("training", rows, **{"GEMM peak, GFLOP/s": peak})
 
 
 if __name__ == "__main__":
