@@ -293,6 +293,7 @@ def test_reviewed_feedback_changes_what_is_served(world, tmp_path):
     assert decision.promoted, decision.reasons
     assert decision.current == decision.candidate != decision.parent
     assert decision.numbers["new, change"] > 0 and decision.numbers["p"] <= 0.05
+    assert decision.numbers["new, surest"] >= 0.7
     assert decision.numbers["old, change"] >= -0.02 - 1e-9
     kept = registry.load(decision.candidate).manifest["provenance"]
     assert kept["parent"] == decision.parent and kept["reviewed texts learnt"] <= 80 and len(kept["data"]) == 64
@@ -340,7 +341,8 @@ def test_a_poisoned_batch_is_refused(world, tmp_path):
     users = users[:160]
     labels = np.random.default_rng(0).permutation([label for _, label in users])
     decision = iterated(world, tmp_path, [(text, str(label)) for (text, _), label in zip(users, labels, strict=True)])
-    assert not decision.promoted and any("not better" in reason for reason in decision.reasons)
+    assert not decision.promoted and any("surest" in reason for reason in decision.reasons)
+    assert decision.numbers["new, surest"] < 0.6
     assert decision.current == decision.parent and not (registry.folder / decision.candidate).exists()
 
 

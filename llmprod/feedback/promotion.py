@@ -36,6 +36,7 @@ class Rules:
         0.05  # share of a class's texts that may be lost, old and new together; one text always may
     )
     least_new: int = 20  # audited reviews without which nothing is promoted
+    surest: float = 0.7  # share of the served bundle's surest quarter of audited answers that reviews must confirm
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Decision:
     candidate: str  # the id of the new one
     numbers: dict[str, float]
     classes: pd.DataFrame  # of the regression set and the new data: texts, right before, right after
-    answers: dict[str, dict[str, np.ndarray]] = field(repr=False)  # set -> labels, served, candidate (class numbers)
+    answers: dict[str, dict[str, np.ndarray]] = field(repr=False)  # set -> labels, served, candidate, confidence
 
 
 def iterate(
@@ -186,11 +187,9 @@ def compare(
     answers = {}
     for name, data in (("old", old), ("new", new)):
         labels = np.array([served.labels.index(label) for label in data["label"]], dtype=int)
-        both = {
-            who: np.array([served.labels.index(answer.label) for answer in of.predict(list(data["text"]))], dtype=int)
-            for who, of in (("served", served), ("candidate", candidate))
-        }
-        answers[name] = {"labels": labels, **both}
+        given = {who: of.predict(list(data["text"])) for who, of in (("served", served), ("candidate", candidate))}
+        both = {who: np.array([served.labels.index(one.label) for one in said], int) for who, said in given.items()}
+        answers[name] = {"labels": labels, **both, "confidence": np.array([one.confidence for one in given["served"]])}
     numbers = figures(answers)
     classes = by_class(answers, served.labels)
     against = objections(numbers, classes, rules)
@@ -203,7 +202,10 @@ def compare(
 
 
 def figures(answers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Accuracy of both bundles on old and new data, the paired changes with intervals, and McNemar's exact test."""
+    """Accuracy of both bundles on old and new data, the paired changes with intervals, and McNemar's exact test.
+
+    "new, surest" is the served bundle's accuracy on the quarter of the new data of which it is surest.
+    """
     numbers: dict[str, float] = {}
     for name, of in answers.items():
         labels, before, after = of["labels"], of["served"], of["candidate"]
@@ -214,6 +216,9 @@ def figures(answers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]
             numbers |= {f"{name}, candidate": metrics.accuracy(labels, after)}
             numbers |= {f"{name}, change": change, f"{name}, from": low, f"{name}, to": high}
     of = answers["new"]
+    surest = np.argsort(-of["confidence"], kind="stable")[: -(-len(of["confidence"]) // 4)]
+    if len(surest):
+        numbers["new, surest"] = metrics.accuracy(of["labels"][surest], of["served"][surest])
     better, worse, numbers["p"] = metrics.mcnemar(of["labels"], of["candidate"], of["served"])
     return numbers | {"only candidate right": better, "only served right": worse}
 
@@ -243,6 +248,11 @@ def objections(numbers: Mapping[str, float], classes: pd.DataFrame, rules: Rules
         found.append(
             f"not better on the {numbers['new, texts']:.0f} audited answers: {numbers['only candidate right']:.0f} "
             f"right that were wrong, {numbers['only served right']:.0f} wrong that were right (p = {numbers['p']:.2g})"
+        )
+    if numbers.get("new, surest", 1.0) < rules.surest:
+        found.append(
+            f"reviews confirm {100 * numbers['new, surest']:.0f} % of the answers of which the served bundle is "
+            f"surest, and at least {100 * rules.surest:g} % are expected: look at the reviews"
         )
     if numbers["old, change"] < -rules.old_tolerance - 1e-9:
         found.append(
