@@ -10,19 +10,23 @@ STORE    ?= runs/answers.sqlite
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.
-ifneq ($(VIRTUAL_ENV),)
-  ENV := $(VIRTUAL_ENV)
-else ifneq ($(CONDA_PREFIX),)
-  ENV := $(CONDA_PREFIX)
-else
-  ENV := .venv
-endif
-BIN   := $(ENV)/bin
-READY := $(ENV)/.llmprod-ready
-LLMPROD = $(BIN)/python -m llmprod
+VENV := $(or $(value VIRTUAL_ENV),$(value CONDA_PREFIX),.venv)
+BIN := $(VENV)/bin
+
+# What users write reaches the recipes as environment variables, as it is: neither make nor a shell reads it.
+VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS STORE PYTHON
+$(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
+export $(VARIABLES) VENV BIN
+
+# As names of targets: a space in them needs a backslash.
+empty   :=
+escaped = $(subst $(empty) ,\ ,$(1))
+PYTHON_THERE := $(call escaped,$(BIN)/python)
+READY        := $(call escaped,$(VENV)/.llmprod-ready)
+LLMPROD      := "$$BIN/python" -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify report bench bench-gpu reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify report bench bench-gpu fuzz reference study lab lint pin sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
@@ -30,62 +34,65 @@ help:  ## explain the targets
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything that notebooks and tests need, pinned
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+$(PYTHON_THERE):
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "llmprod needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(ENV)
+	"$$PYTHON" -m venv "$$VENV"
 
-$(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+$(READY): pyproject.toml constraints.txt | $(PYTHON_THERE)
+	"$$BIN/python" -m pip install --quiet --upgrade -c constraints.txt pip
+	"$$BIN/python" -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@# notebooks' diffs by nbdime, in this clone only; outside of one there is nothing to set up
-	@test ! -e .git || { \
-	  git config diff.jupyternotebook.command '"$(abspath $(BIN))/git-nbdiffdriver" diff' && \
-	  git config merge.jupyternotebook.driver '"$(abspath $(BIN))/git-nbmergedriver" merge %O %A %B %L %P'; } || true
-	@touch $@
+	@test ! -e .git || { cd "$$BIN" && there=$$(pwd) && cd - > /dev/null && \
+	  git config diff.jupyternotebook.command "\"$$there/git-nbdiffdriver\" diff" && \
+	  git config merge.jupyternotebook.driver "\"$$there/git-nbmergedriver\" merge %O %A %B %L %P"; } || true
+	@touch "$$VENV/.llmprod-ready"
 
 reproduce: $(READY)  ## run all notebooks (or NOTEBOOK and those it needs), write the report, print the verdict
-	$(LLMPROD) reproduce --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'
+	$(LLMPROD) reproduce --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 run: $(READY)  ## run NOTEBOOK (or all) and the notebooks it needs, in PROFILE, with PARAMS
-	$(LLMPROD) run --notebook '$(NOTEBOOK)' --profile $(PROFILE) --params '$(PARAMS)'
+	$(LLMPROD) run --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
 
 smoke: $(READY)  ## run all notebooks on tiny subsets, into reports/smoke, which nbval checks
 	$(LLMPROD) run --profile smoke
 
 serve: $(READY)  ## answer over HTTP with what 05_deploy made, keep answers and feedback, show a page
-	$(LLMPROD) serve --store '$(STORE)' --page
+	$(LLMPROD) serve --store="$$STORE" --page
 
 iterate: $(READY)  ## train on the reviewed feedback in STORE; promote the new model if it is better and forgets nothing
-	$(LLMPROD) iterate --store '$(STORE)'
+	$(LLMPROD) iterate --store="$$STORE"
 
 verify: $(READY)  ## print the verdict on the last run
-	$(LLMPROD) verify --profile $(PROFILE)
+	$(LLMPROD) verify --profile="$$PROFILE"
 
 report: $(READY)  ## write the report and the generated parts of the READMEs
-	$(LLMPROD) report --profile $(PROFILE)
+	$(LLMPROD) report --profile="$$PROFILE"
 
 bench: $(READY)  ## time BENCH (training, monitor, recommendation, support or peers) and compare it with other libraries
-	$(BIN)/python -m benchmarks.$(BENCH)
+	"$$BIN/python" -m "benchmarks.$$BENCH"
+
+fuzz: $(READY)  ## try the tests that vary their inputs on 2,000 each, where `make test` takes 200
+	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 -m hypothesis --hypothesis-profile nightly
 
 bench-gpu: $(READY)  ## time training and inference on the GPU and the share of its peak (shrunken without one)
-	$(BIN)/python -m benchmarks.gpu
+	"$$BIN/python" -m benchmarks.gpu
 
 reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or all) over SEEDS (hours; continues where it stopped)
 	$(LLMPROD) study
-	$(LLMPROD) reference --profile $(PROFILE) --seeds $(SEEDS) --notebook '$(NOTEBOOK)'
+	$(LLMPROD) reference --profile="$$PROFILE" --seeds $$SEEDS --notebook="$$NOTEBOOK"
 
 study: $(READY)  ## run the missing rows of STUDY, or of all studies (notebooks/studies.yaml)
-	$(LLMPROD) study $(STUDY)
+	$(LLMPROD) study $$STUDY
 
 lab: $(READY)  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	"$$BIN/python" -m jupyterlab notebooks
 
 lint: $(READY)  ## check code and notebooks for style and dead code, and fix what can be fixed
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/python -m tests.dead_code
+	"$$BIN/python" -m ruff check --fix . && "$$BIN/python" -m ruff format . && "$$BIN/python" -m tests.dead_code
 
 pin: $(READY)  ## make Colab install the last commit of the module (after a change of it)
 	$(LLMPROD) pin

@@ -64,6 +64,7 @@ def through(scorer: Scorer, source: sources.Source, folder: Path, documents: int
         started = time.perf_counter()
         while watching.counts["documents"] + watching.counts["repeats"] < documents:
             watching.step([source])
+            watching.deliver()
         watching.step([], last=True)
         return documents / (time.perf_counter() - started)
 

@@ -2,11 +2,15 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llmprod import DISK_ERRORS, LLMProdError, paths
+
+WAY_OUT = "Free some space or make it writable, or set LLMPROD_HOME to another folder. What was finished is kept."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,16 +33,16 @@ def parser() -> argparse.ArgumentParser:
     text = "list models and data: size, licence, source, present or not; or fetch those that are named"
     command("artifacts", list_artifacts, text).add_argument("fetch", nargs="*")
     command("run", run, "run one notebook with those that it needs, or all", profile, notebook)
-    command("reproduce", reproduce, "run all notebooks, write the report, print the verdict", profile, notebook)
+    command("reproduce", lambda o: run(o) or verify(o), "run all, write report, print verdict", profile, notebook)
     command("verify", verify, "print the verdict", profile)
     command("report", write_report, "write the report and the generated blocks of README and docs", profile)
     reference = command("reference", measure_reference, "measure the reference over seeds", profile)
-    reference.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    reference.add_argument("--seeds", type=number(int), nargs="+", default=[0, 1, 2])
     reference.add_argument("--notebook", default="", help="measure only this one and those that it needs")
     study = command("study", run_studies, "run the missing runs of the studies in notebooks/studies.yaml")
     study.add_argument("names", nargs="*", help="by default all")
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
-    study.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    study.add_argument("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at a time (default: 1)")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     command("sync", sync, "upload offline W&B runs")
 
@@ -49,25 +53,25 @@ def parser() -> argparse.ArgumentParser:
     bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
     answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
 
-    serving = command(
-        "serve", serve, "answer over HTTP with a bundle, or with what a registry of bundles names as current"
-    )
+    text = "answer over HTTP with a bundle, or with what a registry of bundles names as current"
+    serving = command("serve", serve, text)
     served = paths.REPORTS / "cpu" / "work" / "05_deploy" / "served"
     serving.add_argument("bundle", nargs="?", default=served, help="a bundle or a registry (%(default)s)")
     serving.add_argument("--host", default="127.0.0.1", help="another than this machine needs $LLMPROD_API_KEY")
     serving.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
     serving.add_argument("--store", default="", help="where answers and feedback go: a file, or postgresql://…")
     serving.add_argument("--assistant", default="", help="what 11_customer_service saved, for /answer")
-    serving.add_argument("--rate", type=float, default=0.0, help="requests a second of one client; 0: no limit")
+    serving.add_argument("--recommender", default="", help="what 13_recommendation saved, for /recommend")
+    serving.add_argument("--rate", type=number(float), default=0.0, help="requests a second of one client; 0: no limit")
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
 
-    kept = command("feedback", manage_feedback, "export or delete what the service keeps of a user, or what is old")
+    text = "export or delete what the service keeps of a user, or what is old; test the shadow bundle by its answers"
+    kept = command("feedback", manage_feedback, text)
     kept.add_argument("--store", required=True, help="a file, or postgresql://…")
     kept.add_argument("--export", metavar="USER", help="as CSV, on standard output")
     kept.add_argument("--delete", metavar="USER")
-    kept.add_argument(
-        "--older-than", type=float, metavar="DAYS", help="delete older answers, with all that was said of them"
-    )
+    kept.add_argument("--older-than", type=number(float), metavar="DAYS", help="delete older answers and what was said")
+    kept.add_argument("--shadow", action="store_true", help="whether the shadow bundle is better, on audited answers")
     text = "train on the reviewed feedback; promote the new bundle if it is better and forgets nothing"
     again = command("iterate", iterate, text, profile)
     again.add_argument("--store", required=True, help="a file, or postgresql://…")
@@ -80,19 +84,30 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--alert", action="append", help=text)
     models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
     watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
-    precisions = ("auto", "fp32", "bf16", "int8")
-    watch.add_argument("--precision", choices=precisions, default="auto", help="int8: faster on a processor")
+    watch.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster")
     text = "one false alarm in N documents of a topic or company"
-    watch.add_argument("--every", type=float, default=0, metavar="N", help=text)
+    watch.add_argument("--every", type=number(float), default=0, metavar="N", help=text)
     watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
-    watch.add_argument("--lateness", type=float, default=3600.0, help="seconds that a document may come late")
-    watch.add_argument("--pause", type=float, default=5.0, help="seconds to wait when nothing came")
+    watch.add_argument("--lateness", type=number(float), default=3600.0, help="seconds that a document may come late")
+    watch.add_argument("--keep", type=number(int, 1), default=100_000, metavar="N", help="documents whose text is kept")
+    watch.add_argument("--pause", type=number(float), default=5.0, help="seconds to wait when nothing came")
     text = "list the monitor's alerts; acknowledge and judge them; export the texts behind judged ones"
     alerts = command("alerts", judge_alerts, text, journal)
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
     return top
+
+
+def number(kind: type, least: float = 0) -> Callable[[str], float]:
+    """Reads an option that is a finite number of a kind and of at least `least`."""
+
+    def read(text: str) -> float:
+        if least <= kind(text) < math.inf:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+
+    return read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,11 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(
-            f"{error.strerror}: {error.filename or 'a file of the run'} could not be written. Free some space or "
-            "make it writable, and run again: what was finished is kept.",
-            file=sys.stderr,
-        )
+        print(f"{error.strerror}: {error.filename or 'a file'} could not be written. {WAY_OUT}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped. What was finished is kept; the next run goes on from there.", file=sys.stderr)
@@ -131,31 +142,34 @@ def list_artifacts(options: argparse.Namespace) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> int:
-    from llmprod.harness import pipeline, report, runner
+def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, object], Path]:
+    """The notebooks, the parameters and the folder of the run that the options describe."""
+    from llmprod.harness import pipeline, runner
 
-    parameters = pipeline.parse_parameters(options.params)
-    folder = runner.folder_for(options.profile, parameters)
-    pipeline.read(options.notebook or "01_data")
-    notebooks = pipeline.with_upstream(options.notebook) if options.notebook else list(pipeline.pipeline())
+    notebook = getattr(options, "notebook", "")
+    notebooks = pipeline.with_upstream(notebook) if notebook else list(pipeline.pipeline())
+    parameters = pipeline.parse_parameters(getattr(options, "params", ""), notebooks)
+    return notebooks, parameters, runner.folder_for(options.profile, parameters)
+
+
+def run(options: argparse.Namespace) -> int:
+    from llmprod.harness import report, runner
+
+    notebooks, parameters, folder = chosen(options)
     runner.run(notebooks, options.profile, parameters, folder)
     report.build(folder)
     print(f"report: {runner.shown(folder / 'index.html')}")
     return 0
 
 
-def reproduce(options: argparse.Namespace) -> int:
-    return run(options) or verify(options)
-
-
 def verify(options: argparse.Namespace) -> int:
-    from llmprod.harness import pipeline, results, runner
+    from llmprod.harness import results
 
-    folder = runner.folder_for(options.profile, pipeline.parse_parameters(getattr(options, "params", "")))
-    table = results.verify(folder, getattr(options, "notebook", ""))
+    notebooks, parameters, folder = chosen(options)
+    table = results.verify(folder, notebooks)
     print(results.markdown(table))
-    print(f"\n{results.tally(table)}")
-    return int(table["verdict"].isin([results.DRIFTED, results.MISSING]).any())
+    print("", *results.notes(folder, notebooks), results.tally(table), sep="\n")
+    return int(results.fails(table, parameters))
 
 
 def write_report(options: argparse.Namespace) -> int:
@@ -216,17 +230,31 @@ def serve(options: argparse.Namespace) -> int:
     folder = Path(options.bundle)
     source = registry.Registry(folder) if (folder / registry.STATE).exists() else bundle.load(folder)
     store = opened_store(options.store) if options.store else None
-    app = service.build(source, store, guard.Limits(rate=options.rate), opened_assistant(options.assistant))
+    more = {}
+    if options.assistant:
+        from llmprod.customer_service.assistant import answering
+
+        more["answer"] = answering(Path(options.assistant))
+    if options.recommender:
+        from llmprod.recommendation.served import Recommender
+
+        more["recommend"] = Recommender.load(Path(options.recommender)).recommend
+    app = service.build(source, store, guard.Limits(rate=options.rate), **more)
     service.run(page.mount(app) if options.page else app, options.host, options.port)
     return 0
 
 
 def manage_feedback(options: argparse.Namespace) -> int:
-    import time
+    from llmprod.feedback import review
+    from llmprod.harness import results
 
     with opened_store(options.store) as store:
+        if options.shadow:
+            found = review.shadow_test(store)
+            mean, low, high = 100 * found[["mean", "low", "high"]].iloc[-1]
+            print(f"shadow less served, {len(found)} audited answers: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
         if options.export:
-            store.export_user(options.export).to_csv(sys.stdout, index=False)
+            results.spreadsheet(store.export_user(options.export)).to_csv(sys.stdout, index=False)
         if options.delete:
             print(f"{store.delete_user(options.delete)} answers of {options.delete} deleted")
         if options.older_than is not None:
@@ -263,23 +291,6 @@ def opened_store(place: str) -> object:
     return Store(place, mask)
 
 
-def opened_assistant(place: str) -> Callable | None:
-    if not place:
-        return None
-    from llmprod.customer_service.assistant import Assistant, Dialogue
-
-    assistant = Assistant.load(Path(place))
-
-    def answer(turns: list[str]) -> dict:
-        dialogue = Dialogue(assistant)
-        for turn in turns:
-            said = dialogue.turn([turn])
-        summary = said.summary() if said.action == "hand over" else {}
-        return {"action": said.action, "text": said.text, "summary": summary}
-
-    return answer
-
-
 def monitor_stream(options: argparse.Namespace) -> int:
     from llmprod import machine
     from llmprod.news_monitoring import channels, monitor, sources
@@ -292,12 +303,9 @@ def monitor_stream(options: argparse.Namespace) -> int:
     told = [channels.open_channel(word) for word in options.alert or ["console"]]
     scorer = Scorer(Path(options.models), options.precision, options.every)
     with Journal(options.journal) as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.config.detector, told, options.lateness)
+        watching = monitor.Monitor(scorer, journal, scorer.config.detector, told, options.lateness, keep=options.keep)
         counts = monitor.run(watching, followed, options.once, options.pause)
-        late = journal.late()
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
-    if late:
-        print(f"{late} documents of this journal came too late to be watched; a larger --lateness waits for more.")
     return 0
 
 
@@ -313,13 +321,10 @@ def judge_alerts(options: argparse.Namespace) -> int:
             for alert in names:
                 journal.acknowledge(alert, right)
         if options.export:
-            monitor.judged(journal).to_csv(options.export, index=False)
+            results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
         found = journal.alerts()
-    if found.empty:
-        print("no alerts yet")
-    else:
-        shown = ["id", "key", "severity", "count", "acknowledged", "right"]
-        print(results.markdown(found[shown].astype(object).fillna("")))
+    shown = ["id", "key", "severity", "count", "acknowledged", "right"]
+    print("no alerts yet" if found.empty else results.markdown(found[shown].astype(object).fillna("")))
     return 0
 
 

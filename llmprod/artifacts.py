@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import os
 import shutil
 import ssl
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +24,9 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from llmprod import DISK_ERRORS, LLMProdError
+
+LARGEST = 2**30  # bytes of a download whose size is not registered
+SLOWEST, PATIENCE = 20_000, 60  # bytes a second that a download must reach after these seconds
 
 
 class ArtifactError(LLMProdError):
@@ -43,17 +48,39 @@ def entry(name: str) -> dict:
 
 
 def checksum(source: str, *more: str) -> str:
-    """One short fingerprint (12 hex digits) of an artifact, by its registered checksums, or of files and folders."""
-    digest = hashlib.sha256()
-    if source in registry():
-        files = entry(source)["files"]
-        digest.update("".join(files[file]["sha256"] for file in sorted(files)).encode())
-    for name in (source, *more):
+    """A fingerprint of data: of an artifact alone 12 hex digits of what is registered, else a whole sha256.
+
+    That of files and folders is over the name, length and content of every file, and so over what is in which.
+    """
+    known = entry(source)["files"] if source in registry() else {}
+    parts: list[object] = ["".join(known[file]["sha256"] for file in sorted(known))]
+    if known and not any(more):
+        return hashlib.sha256(parts[0].encode()).hexdigest()[:12]
+    for name in ("" if known else source, *more):
         path = Path(name).expanduser()
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if name and source not in registry() and file.is_file():
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+        found = sorted(path.rglob("*")) if name and path.is_dir() else [path]
+        top = path if path.is_dir() else path.parent
+        parts.append([(f.relative_to(top).as_posix(), f.stat().st_size, sha256(f)) for f in found if f.is_file()])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def checksums(folder: Path, but: Sequence[str]) -> dict[str, str]:
+    """The sha256 of each file by its path in a folder, without those named `but`, hidden ones and remains of a kill.
+
+    For a folder inside that has the first of `but`, a manifest of its own, that stands.
+    """
+    inner, found = {path.parent for path in folder.rglob(but[0])} - {folder}, {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        left_out = name in but or "/." in f"/{name}" or ".writing" in name
+        if path.is_file() and not left_out and (path.name == but[0] or not inner & set(path.parents)):
+            found[name] = sha256(path)
+    return found
+
+
+def differing(said: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The names whose checksums differ, or that only one of the two has; "" if all agree."""
+    return ", ".join(sorted(name for name in {*said, *found} if said.get(name) != found.get(name)))
 
 
 def cache_folder() -> Path:
@@ -75,14 +102,21 @@ def fetch(name: str) -> Path:
     Raises ArtifactError where no source gave the right bytes, or the cache can't be written.
     """
     files, folder = entry(name)["files"], cache_folder() / name
+
+    def missing() -> list[str]:
+        return [file for file in files if not is_intact(folder / file, files[file])]
+
     try:
+        if not missing():  # asked before anything is written: a whole cache may be on a read-only mount
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_folder() / f"{name}.lock"):
-            missing = [file for file in files if not is_intact(folder / file, files[file])]
-            if missing:
+            for left in cache_folder().glob(f".{name}-{8 * '?'}"):  # by a run that was killed
+                shutil.rmtree(left)
+            if wanted := missing():
                 with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=f".{name}-") as temporary:
-                    whole = obtain(name, missing, Path(temporary))
-                    for file in missing:
+                    whole = obtain(name, wanted, Path(temporary))
+                    for file in wanted:
                         (folder / file).parent.mkdir(parents=True, exist_ok=True)
                         os.replace(whole / file, folder / file)
     except OSError as error:
@@ -93,14 +127,19 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def sha256(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def is_intact(path: Path, expected: dict) -> bool:
     """Whether a file is there with the registered checksum (of its LF form, where the entry says `newlines`)."""
     if not path.is_file():
         return False
     if expected.get("newlines"):
         return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest() == expected["sha256"]
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+    return sha256(path) == expected["sha256"]
 
 
 def obtain(name: str, wanted: list[str], temporary: Path) -> Path:
@@ -134,7 +173,7 @@ def sources(name: str) -> Iterator[tuple[str, Callable[[list[str], Path], object
         yield f"mirror {mirror}", partial(copy_files, Path(mirror) / name)
     for source in entry(name)["sources"]:
         kind = next(kind for kind in SOURCES if kind in source)
-        yield f"{kind} {source[kind]}", partial(download, SOURCES[kind], source)
+        yield f"{kind} {source[kind]}", partial(download, SOURCES[kind], source, entry(name)["files"])
 
 
 def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
@@ -146,29 +185,30 @@ def copy_files(folder: Path, wanted: list[str], target: Path) -> None:
         shutil.copyfile(folder / file, target / file)
 
 
-def download(get: Callable[[dict, str, Path], Path], source: dict, wanted: list[str], target: Path) -> None:
+def download(
+    get: Callable[[dict, str, Path], Path], source: dict, known: Mapping[str, dict], wanted: list[str], target: Path
+) -> None:
     """Downloads the wanted files, or the archive that holds them; its sha256 is checked before it is opened."""
     if "members" not in source:
         for file in wanted:
-            get(source, file, target)
+            get(source | {"size": known[file].get("size")}, file, target)
         return
     archive = get(source, source.get("archive", ""), target)
-    if "sha256" in source and not is_intact(archive, source):
+    if not is_intact(archive, source):
         raise ArtifactError(f"{archive.name} has another checksum than registered (cut or changed)")
     unpack(archive, source["members"], wanted, target)
 
 
 def from_hub(source: dict, file: str, target: Path) -> Path:
     """Downloads a file of a Hugging Face hub repository at its pinned commit."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_url
 
+    if constants.HF_HUB_OFFLINE:
+        raise ArtifactError("HF_HUB_OFFLINE is set")
     repository = source["hub"].removeprefix("datasets/")
     kind = "model" if repository == source["hub"] else "dataset"
-    truststore.inject_into_ssl()  # trust the system's certificates, as pip does: a company's proxy has its own
-    try:
-        return Path(hf_hub_download(repository, file, repo_type=kind, revision=source["revision"], local_dir=target))
-    finally:
-        truststore.extract_from_ssl()
+    whole = hf_hub_url(repository, file, repo_type=kind, revision=source["revision"])
+    return from_url(source | {"url": whole.removesuffix(f"/{file}")}, file, target)
 
 
 def from_url(source: dict, file: str, target: Path) -> Path:
@@ -177,7 +217,7 @@ def from_url(source: dict, file: str, target: Path) -> Path:
 
     client, _ = connect()
     with client:
-        return transfer(client, Link(f"{source['url']}/{file}"), (target / file).parent)
+        return transfer(client, Link(f"{source['url']}/{file}"), (target / file).parent, source.get("size"))
 
 
 def from_package(source: dict, _: str, target: Path) -> Path:
@@ -193,7 +233,7 @@ def from_package(source: dict, _: str, target: Path) -> Path:
             try:  # a file that is read as data may be one for another Python, so its tags aren't compared
                 finder = PackageFinder(client, ignore_compatibility=True, **place)
                 for package in finder.find_matches(source["package"], hashes={"sha256": [source["sha256"]]}):
-                    return transfer(client, package.link, target / f"place-{number}")
+                    return transfer(client, package.link, target / f"place-{number}", source.get("size"))
                 failed["no archive with this version and the registered checksum where pip looks"] = True
             except (ArtifactError, httpx2.HTTPError, httpx2.InvalidURL, URLError, ValueError) as error:
                 failed[f"{type(error).__name__}: {error}"] = True
@@ -203,22 +243,33 @@ def from_package(source: dict, _: str, target: Path) -> Path:
 SOURCES = {"package": from_package, "hub": from_hub, "url": from_url}
 
 
-def transfer(client: object, link: object, folder: Path) -> Path:
-    """Downloads one file into a folder with a progress bar (a local file stays where it is). Returns its path."""
+def transfer(client: object, link: object, folder: Path, size: int | None) -> Path:
+    """Downloads one file into a folder with a progress bar (a local file stays where it is). Returns its path.
+
+    Raises ArtifactError where it is longer than `size` bytes (None: `LARGEST`), or comes slower than `SLOWEST`.
+    """
     import httpx2
     from unearth.errors import UnpackError
     from unearth.preparer import download_link
 
+    limit, seconds = size or LARGEST, PATIENCE + (size or LARGEST) / SLOWEST
+    clock = threading.Timer(seconds, client.close)  # a read that is under way fails then
     with tqdm(desc=link.filename, unit="B", unit_scale=True, leave=False) as bar:
 
         def show(_: object, done: int, total: int | None) -> None:
+            if done > limit:
+                raise ArtifactError(f"{link.filename} is longer than the {limit:,} bytes that it may have")
             bar.total = total
             bar.update(done - bar.n)
 
         try:
+            clock.start()
             return download_link(client, link, folder, None, show)
         except (httpx2.HTTPError, UnpackError) as error:
-            raise ArtifactError(f"{link.filename} can't be downloaded ({type(error).__name__}: {error})") from error
+            why = f"took more than {seconds:.0f} s" if not clock.is_alive() else f"{type(error).__name__}: {error}"
+            raise ArtifactError(f"{link.filename} can't be downloaded ({why})") from error
+        finally:
+            clock.cancel()
 
 
 def pip_settings() -> dict[str, str]:

@@ -4,23 +4,21 @@ A table of texts is a pandas frame with the columns `text`, `label` and `split` 
 is removed from it is counted in a record, by reason and split.
 """
 
+import math
+import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars, load_from_disk
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, artifacts, files
+from llmprod import artifacts, files
+from llmprod.formats import DataError, read, shown
+from llmprod.tables import require, texts
 
-READERS = {".csv": pd.read_csv, ".tsv": pd.read_csv, ".jsonl": pd.read_json, ".parquet": pd.read_parquet}
 SPLITS = ("train", "validation", "test")
-
-
-class DataError(LLMProdError):
-    """A data set can't be used as it is."""
 
 
 # Loading
@@ -35,32 +33,34 @@ def load(
     test_file: str = "",
     encoding: str = "utf-8",
 ) -> pd.DataFrame:
-    """All texts of a data set, unchanged, with the columns `text`, `label` and `split`.
+    """All texts of a data set, with the columns `text`, `label` and `split`.
 
     Args:
-        dataset: an artifact's name (`reuters-r8`), a file (.csv, .tsv, .jsonl, .parquet), or a folder that
-            `datasets` saved; a single file is the training split until `split` cuts it
+        dataset: an artifact's name (`reuters-r8`), a file (see `formats.read`), or a folder that `datasets` saved; a
+            single file is the training split until `split` cuts it
         text_column, label_column: the columns of a file or folder; artifacts know theirs
         id_column: a column whose values must be unique, if there is one
-        validation_file, test_file: the other splits, if they are in files of their own
+        validation_file, test_file: these splits, in files of their own; they replace those of an artifact or folder
         encoding: of text files
 
     Raises DataError, with the file and the way out, for whatever can't be read.
     """
+    columns = (text_column, label_column, id_column)
     if dataset in artifacts.registry():
-        return load_artifact(dataset)
-    path = Path(dataset).expanduser()
-    if not path.exists():
+        frames, columns, id_column = read_artifact(dataset), (*columns[:2], ""), ""
+    elif os.path.isdir(path := os.path.expanduser(dataset)):
+        frames = named(read_saved_dataset(Path(path)), columns, dataset)
+    elif os.path.exists(path):
+        frames = named({"train": read(path, encoding)}, columns, dataset)
+    else:
         raise DataError(
-            f"'{dataset}' is neither a file or folder nor a known artifact ({', '.join(tables())}). "
+            f"'{shown(dataset, 200)}' is neither a file or folder nor a known artifact ({', '.join(tables())}). "
             f"Relative paths start at {Path.cwd()}."
         )
-    if path.is_dir():
-        frames = read_saved_dataset(path)
-    else:
-        files = {"train": path, "validation": validation_file, "test": test_file}
-        frames = {split: read_table(Path(file).expanduser(), encoding) for split, file in files.items() if file}
-    return join_splits(frames, text_column, label_column, id_column, str(dataset))
+    for split, file in (("validation", validation_file), ("test", test_file)):
+        if file:
+            frames |= named({split: read(file, encoding)}, columns, file)
+    return join_splits(frames, dataset, id_column)
 
 
 def tables() -> list[str]:
@@ -70,86 +70,62 @@ def tables() -> list[str]:
 
 def load_artifact(name: str) -> pd.DataFrame:
     """The texts of a registered data set, with its published splits."""
+    return join_splits(read_artifact(name), name)
+
+
+def read_artifact(name: str) -> dict[str, pd.DataFrame]:
+    """The splits of a registered data set, with the columns `text` and `label`."""
     table = artifacts.entry(name).get("table")
     if not table:
         raise DataError(f"The artifact '{name}' is not a table of labelled texts; these are: {', '.join(tables())}.")
     folder = artifacts.fetch(name)
-    options = table.get("read_csv", {})
-    frames = {s: pd.read_csv(folder / f, keep_default_na=False, **options) for s, f in table["splits"].items()}
-    return join_splits(frames, table["columns"]["text"], table["columns"]["label"], "", name)
-
-
-def read_table(path: Path, encoding: str) -> pd.DataFrame:
-    """One file as a frame. Raises DataError for a missing file, an unknown ending, a broken encoding or structure."""
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: files of the kind '{path.suffix}' can't be read; use one of {', '.join(READERS)}.")
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file. Relative paths start at {Path.cwd()}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty.")
-    options = {
-        ".csv": {"encoding": encoding, "keep_default_na": False},
-        ".tsv": {"encoding": encoding, "keep_default_na": False, "sep": "\t"},
-        ".jsonl": {"encoding": encoding, "lines": True, "dtype": False, "convert_dates": False},
-        ".parquet": {},
-    }[path.suffix.lower()]
-    try:
-        return READERS[path.suffix.lower()](path, **options)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not {error.encoding}. Save the file as UTF-8, or pass its own encoding, "
-            "for example encoding='latin-1'."
-        ) from error
-    except (ValueError, OSError, LookupError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"{path}: can't be read as {path.suffix.lower()[1:]} ({reason}).") from error
+    options = {"keep_default_na": False} | table.get("read_csv", {})
+    frames = {split: pd.read_csv(folder / file, **options) for split, file in table["splits"].items()}
+    return named(frames, (table["columns"]["text"], table["columns"]["label"], ""), name)
 
 
 def read_saved_dataset(folder: Path) -> dict[str, pd.DataFrame]:
-    """The splits of a folder that `datasets`' `save_to_disk` wrote, label numbers turned into their names."""
+    """The splits of a folder that `datasets`' `save_to_disk` wrote; class numbers become names (-1: none)."""
     try:
         saved = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise DataError(f"{folder}: is not a folder that datasets' save_to_disk wrote.") from error
-    saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    unknown = sorted(set(saved) - set(SPLITS))
-    if unknown or "train" not in saved:
+        saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        frames = {split: part.to_pandas() for split, part in saved.items()}
+        for split, part in saved.items():
+            for column, feature in part.features.items():
+                if isinstance(feature, ClassLabel):
+                    names = {None: None, -1: None} | dict(enumerate(feature.names))
+                    frames[split][column] = [names[number] for number in part[column]]
+    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder}: is not a folder that datasets' save_to_disk wrote, or damaged ({shown(error)})."
+        ) from error
+    if not {"train"} <= set(saved) <= set(SPLITS):
         raise DataError(
             f"{folder}: has the splits {', '.join(saved)}; needed is train, and may be validation and test."
         )
-    frames = {}
-    for split, part in saved.items():
-        frames[split] = part.to_pandas()
-        for column, feature in part.features.items():
-            if isinstance(feature, ClassLabel):
-                frames[split][column] = [feature.int2str(number) for number in part[column]]
     return frames
 
 
-def require(frame: pd.DataFrame, columns: Sequence[str], name: str, error: type[LLMProdError] = DataError) -> None:
-    """Raises an error, with the table's name and its columns, if it lacks one of `columns`."""
-    if missing := [column for column in columns if column not in frame.columns]:
-        raise error(f"{name}: no column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}.")
-
-
-def join_splits(
-    frames: dict[str, pd.DataFrame], text_column: str, label_column: str, id_column: str, name: str
-) -> pd.DataFrame:
-    """The splits under one another, with the columns `text`, `label` and `split`."""
-    parts = []
+def named(frames: dict[str, pd.DataFrame], columns: tuple[str, str, str], name: str) -> dict[str, pd.DataFrame]:
+    """Tables of a source with their columns (of text, label, id) called `text`, `label` and `id`, all of them texts."""
+    chosen = {kind: column for kind, column in zip(("text", "label", "id"), columns, strict=True) if column != ""}
+    found = {}
     for split, frame in frames.items():
-        columns = [text_column, label_column, id_column] if id_column else [text_column, label_column]
-        require(frame, columns, f"{name}, {split} split (set text_column, label_column, id_column)")
-        part = pd.DataFrame({"text": frame[text_column], "label": frame[label_column]})
-        part["id"] = frame[id_column] if id_column else np.arange(len(frame))
-        parts.append(part.assign(split=split))
-    joined = pd.concat(parts, ignore_index=True)
+        hint = "set " + ", ".join(f"{kind}_column" for kind in chosen)
+        require(frame, list(chosen.values()), f"{name}, {split} split ({hint})")
+        found[split] = pd.DataFrame({kind: texts(frame[c], f"{name}, column {c}") for kind, c in chosen.items()})
+    return found
+
+
+def join_splits(frames: dict[str, pd.DataFrame], name: str, id_column: str = "") -> pd.DataFrame:
+    """The splits under one another, with the columns `text`, `label` and `split`."""
+    joined = pd.concat([frame.assign(split=split) for split, frame in frames.items()], ignore_index=True)
     if id_column:
         repeated = joined["id"][joined["id"].duplicated()].astype(str).unique()
         if len(repeated):
             raise DataError(
                 f"{name}: {len(repeated)} values of the id column '{id_column}' occur more than once "
-                f"({', '.join(repeated[:5])}). Make them unique, or leave id_column empty."
+                f"({', '.join(map(shown, repeated[:5]))}). Make them unique, or leave id_column empty."
             )
     return joined[["text", "label", "split"]]
 
@@ -158,19 +134,34 @@ def join_splits(
 
 
 def clean(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Normalises texts, makes labels strings, and drops rows without text or label.
+    """Normalises texts and labels, and drops rows without text or label.
 
-    Returns the clean table and the record of what was removed. Raises DataError where nothing is left.
+    Returns the clean table and the record of what was removed. Raises DataError where nothing is left, and where two
+    labels look the same.
     """
     table = table.astype({"text": object, "label": object})
-    lacks_label = table["label"].isna() | (table["label"].astype(str).str.strip() == "")
     table["text"] = ["" if pd.isna(text) else normalise(str(text)) for text in table["text"]]
-    is_empty = table["text"] == ""
-    table["label"] = table["label"].astype(str).str.strip()
+    table["label"] = [
+        "" if pd.isna(label) else unicodedata.normalize("NFC", str(label)).strip() for label in table["label"]
+    ]
+    is_empty, lacks_label = table["text"] == "", table["label"] == ""
+    check_look(table["label"].unique())
     record = removals(table, [("no text", is_empty), ("no label", lacks_label & ~is_empty)])
     if (is_empty | lacks_label).all():
         raise DataError(f"None of the {len(table)} rows has both a text and a label. Is text_column the right one?")
     return table[~is_empty & ~lacks_label].reset_index(drop=True), record
+
+
+def check_look(labels: Iterable[str]) -> None:
+    """Raises DataError where labels differ in nothing but characters that can't be seen, such as a zero-width space."""
+    seen = {}
+    for label in labels:
+        look = "".join(c for c in label if unicodedata.category(c) != "Cf")
+        if (other := seen.setdefault(look, label)) != label:
+            raise DataError(
+                f"The labels {other!a} and {label!a} differ in characters that can't be seen, and so would be "
+                "two classes. Take those characters out."
+            )
 
 
 def normalise(text: str) -> str:
@@ -253,32 +244,44 @@ def split(
     stratified subset; then a validation split is cut from training where there is none. A class with a single
     training text keeps it in training.
 
-    Raises DataError for a single class, no training rows, or test labels that training lacks.
+    Raises DataError for a single class, a class for each text, no training rows, test labels that training lacks, or a
+    share or number that can't be stratified, with the values that can.
     """
     from sklearn.model_selection import train_test_split
 
     table = table.reset_index(drop=True)
 
-    def cut(rows: pd.Index, share: float | int) -> pd.Index:
-        labels = table.loc[rows, "label"]
+    def cut(name: str, wanted: float, rows: pd.Index) -> pd.Index:
+        """Some of the rows: a share of them or a number, as the parameter of this name says."""
+        labels, is_share = table.loc[rows, "label"], name.endswith("share")
+        if is_share and not 0 < wanted < 1:
+            raise DataError(f"{name} is {wanted}; it is a share, above 0 and below 1, such as 0.2.")
         many = rows[(labels.map(labels.value_counts()) > 1).to_numpy()]
-        size = round(share * len(rows)) if share < 1 else int(share)
-        if not table.loc[many, "label"].nunique() <= size <= len(many) - table.loc[many, "label"].nunique():
+        counts, size = table.loc[many, "label"].value_counts(), round(wanted * len(rows)) if is_share else wanted
+        classes, step = len(counts), 1000 / len(rows) if is_share else 1
+        if not 0 < classes <= size <= len(many) - classes:
+            sure = math.ceil(len(many) / counts.min()) if classes else 0  # of which the smallest class has its share
+            least, most = math.ceil(sure * step), math.floor((len(many) - sure) * step)
+            least, most = (least / 1000, most / 1000) if is_share else (least, most)
+            way_out = f"use {name}={least} to {most}" if 0 < least <= most else "add texts of each class"
             raise DataError(
-                f"A stratified subset of {size} of {len(many)} rows needs at least one row of each of the "
-                f"{table.loc[many, 'label'].nunique()} classes on both sides. Give more data or another share."
+                f"{name}={wanted} is {size} of {len(rows)} texts, and each of the {classes} classes that have two "
+                f"needs at least one on both sides: {way_out}."
             )
         return train_test_split(many, test_size=size, random_state=seed, stratify=table.loc[many, "label"])[1]
 
     check_labels(table)
+    if table["label"].is_unique:
+        raise DataError(f"Each of the {len(table)} texts has a label of its own. Is label_column the right one?")
     if not (table["split"] == "test").any():
-        table.loc[cut(table.index[table["split"] == "train"], test_share), "split"] = "test"
+        table.loc[cut("test_share", test_share, table.index[table["split"] == "train"]), "split"] = "test"
     for name, rows in (("train", train_rows), ("test", test_rows)):
         having = table.index[table["split"] == name]
         if 0 < rows < len(having):
-            table = table.drop(having.difference(cut(having, rows)))
+            table = table.drop(having.difference(cut(f"{name}_rows", rows, having)))
     if not (table["split"] == "validation").any():
-        table.loc[cut(table.index[table["split"] == "train"], validation_share), "split"] = "validation"
+        rows = table.index[table["split"] == "train"]
+        table.loc[cut("validation_share", validation_share, rows), "split"] = "validation"
     check_labels(table)
     return table.reset_index(drop=True)
 
@@ -289,15 +292,15 @@ def check_labels(table: pd.DataFrame) -> None:
     if len(train) < 2:
         raise DataError(
             f"Training needs at least two classes and has {len(train)}"
-            + (f" ('{next(iter(train))}')" if train else " rows left after cleaning")
+            + (f" ('{shown(next(iter(train)))}')" if train else " rows left after cleaning")
             + ". Is label_column the right one?"
         )
     for name in ("validation", "test"):
         unknown = sorted(set(table.loc[table["split"] == name, "label"]) - train)
         if unknown:
             raise DataError(
-                f"The {name} split has labels that training lacks: {', '.join(unknown[:5])}. A model can't learn them: "
-                "add training rows, or take those rows out."
+                f"The {name} split has labels that training lacks: {', '.join(map(shown, unknown[:5]))}. "
+                "A model can't learn them: add training rows, or take those rows out."
             )
 
 

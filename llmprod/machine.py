@@ -6,8 +6,10 @@ import platform
 import random
 import subprocess
 import sys
+import unicodedata
 import warnings
 from contextlib import AbstractContextManager
+from functools import cache
 
 import numpy as np
 import torch
@@ -55,6 +57,44 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+
+
+def drawable(figure: object) -> None:
+    """Gives a figure's texts the installed fonts that have the characters which the usual one lacks.
+
+    A script that no installed font has is named, once in a process; its characters are boxes.
+
+    Args:
+        figure: a figure of matplotlib
+    """
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    with warnings.catch_warnings(action="ignore"):  # a line for each character
+        figure.draw_without_rendering()  # makes the labels of the ticks
+    texts, families = figure.findobj(Text), [*matplotlib.rcParams["font.family"]]
+
+    def has(file: str) -> set[int]:
+        return set(font_manager.get_font(file).get_charmap())
+
+    lacking = {ord(character) for text in texts for character in text.get_text() if not character.isspace()}
+    lacking -= has(font_manager.findfont(font_manager.FontProperties(family=families)))
+    for font in font_manager.fontManager.ttflist if lacking else ():
+        if not font.name.startswith("Last Resort") and (found := lacking & has(font.fname)):  # that has boxes for all
+            families.append(font.name)
+            lacking -= found
+    for text in texts:
+        text.set_fontfamily(families)
+    if lacking:
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        say_once(", ".join(sorted({unicodedata.name(chr(code), "unnamed").split()[0] for code in lacking})))
+
+
+@cache
+def say_once(scripts: str) -> None:
+    """Says that figures can't show some scripts."""
+    print(f"Figures show boxes for {scripts}: no installed font has them. Install one (such as Noto Sans).")
 
 
 def set_threads() -> None:

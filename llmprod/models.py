@@ -1,6 +1,8 @@
 """The classifier: a pretrained encoder with a head; loading, checkpoints, prediction."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,20 +11,18 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import linear, normalize
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from llmprod import LLMProdError, artifacts, files
 from llmprod.machine import autocast, device_and_precision
 
 PREFIX = "prefix"  # the folder of a prefix within a checkpoint
+MANIFEST = "manifest.json"  # the sha256 of every file in a folder that `sealed` wrote
+INT8 = ("int8.onnx", "int8.json")  # written next to a checkpoint later, see `export.int8`
+UNSEALED = (MANIFEST, "README.md", *INT8)
+UNSAFE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".joblib", ".bin", ".pt", ".pth", ".ckpt")  # code and pickles
 
 
 class ModelError(LLMProdError):
@@ -31,22 +31,103 @@ class ModelError(LLMProdError):
 
 def model_folder(model: str) -> Path:
     """The folder of a registered model (fetched if need be) or a local one; raises ModelError if it is neither."""
-    if model in artifacts.registry():
-        if artifacts.entry(model)["kind"] != "model":
-            raise ModelError(f"The artifact '{model}' is data, not a model; models are: {', '.join(names())}.")
-        return artifacts.fetch(model)
-    folder = Path(model).expanduser()
+    kinds = {name: item["kind"] for name, item in artifacts.registry().items()}
+    known = ", ".join(name for name, kind in kinds.items() if kind == "model")
+    if kinds.get(model, "model") != "model":
+        raise ModelError(f"The artifact '{model}' is data, not a model; models are: {known}.")
+    folder = artifacts.fetch(model) if model in kinds else Path(model).expanduser()
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ModelError(
-            f"'{model}' is neither a known model ({', '.join(names())}) nor a folder with config.json and "
-            "*.safetensors (pickled weights are not loaded)."
+            f"'{model}' is neither a known model ({known}) nor a folder with config.json and *.safetensors (pickled "
+            "weights are not loaded)."
         )
+    return checked(folder)
+
+
+# Reading and writing folders: every model and tokenizer of the project comes through here
+
+
+@contextmanager
+def sealed(folder: Path) -> Iterator[Path]:
+    """A new folder to write models to; it replaces `folder`, with a manifest, when the block ends without an error."""
+    with files.atomic(folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        files.write_json(temporary / MANIFEST, artifacts.checksums(temporary, UNSEALED))
+
+
+@contextmanager
+def reading(what: Path) -> Iterator[None]:
+    """Turns whatever a library raises over damaged files into one ModelError that names them."""
+    try:
+        yield
+    except (
+        BaseException
+    ) as error:  # each library has its own for each of a dozen causes; a panic of Rust is one of them
+        if isinstance(error, (LLMProdError, KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
+        raise ModelError(f"{what} can't be read ({reason}). Write or download it again.") from error
+
+
+def checked(folder: Path) -> Path:
+    """The folder of a model, if nothing in it can run and it is as its manifest says (where it has one).
+
+    Raises ModelError for code, pickles, a config that asks for code, and what was changed, removed or added.
+    """
+    with reading(folder):
+        inside, seal, changed = sorted(folder.rglob("*")), folder / MANIFEST, ""
+        unsafe = [p for p in inside if p.suffix.lower() in UNSAFE or (p.is_symlink() and p.is_dir())]
+        unsafe += [p for p in folder.rglob("*config*.json") if "auto_map" in json.loads(p.read_bytes())]
+        unsafe += {folder / "adapter_config.json"} & {*inside}  # it names another model, which may be on the web
+        if seal in inside and not unsafe:
+            changed = artifacts.differing(json.loads(seal.read_bytes()), artifacts.checksums(folder, UNSEALED))
+    if unsafe:
+        named = ", ".join(path.relative_to(folder).as_posix() for path in unsafe)
+        raise ModelError(f"{folder} holds {named}: code, pickled weights or what asks for them is not loaded.")
+    if changed:
+        raise ModelError(f"{folder} was changed since it was written: {changed}. Write or copy it again.")
     return folder
 
 
-def names() -> list[str]:
-    """The names of the registered models."""
-    return [name for name, item in artifacts.registry().items() if item["kind"] == "model"]
+def read(kind: type, folder: Path, new: str = "", **settings: object) -> PreTrainedModel:
+    """A model from a folder, in float32: safetensors or GGUF, without any code of its own. Every weight must fit.
+
+    Args:
+        kind: a class of transformers, or `Classifier`
+        new: how the names of a new head's weights begin, which the folder may lack; it may then hold other heads
+        settings: further arguments of `from_pretrained`
+
+    Raises ModelError for what `checked` finds, damaged files, and weights that are missing, unexpected or no numbers.
+    """
+    rules = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": "gguf_file" not in settings}
+    rules |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": bool(new)}
+    with reading(checked(folder)):
+        if kind is Classifier:  # in a model that was saved with another head, the names begin with its kind
+            config = settings["config"] or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            start = rf"^{MODEL_MAPPING[type(config)].base_model_prefix}\."
+            rules |= {"config": config, "key_mapping": {start: "encoder."}}
+        model, info = kind.from_pretrained(folder, **settings | rules)
+        base = model.base_model
+        own = tuple(f"{start}{n}." for n, _ in base.named_children() for start in ("", f"{base.base_model_prefix}."))
+        wrong = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        wrong = {name for name in wrong if not (new and name.startswith(new))}
+        wrong |= {name for name in info["unexpected_keys"] if not new or name.startswith(own)}
+        if wrong:
+            raise ValueError(f"config.json and {len(wrong)} weights do not fit: {', '.join(sorted(wrong)[:3])} …")
+        if not all(weights.sum().isfinite() for weights in model.parameters()):
+            raise ValueError("there are weights that are no numbers")
+    return model
+
+
+def read_tokenizer(folder: Path, rows: int, **settings: object) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a model with so many `rows` of embeddings. Raises ModelError if it has more."""
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **settings)
+        last = max(tokenizer.get_vocab().values(), default=0)
+        if not 0 < last < rows or tokenizer.model_max_length < 3:
+            raise ValueError(f"a tokenizer of {last + 1} tokens up to {tokenizer.model_max_length}, a model of {rows}")
+    return tokenizer
 
 
 @dataclass
@@ -138,6 +219,8 @@ def length_sorted_batches(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """Batches of texts of similar length, longest first: (their positions in `texts`, padded tensors)."""
+    if not len(texts):  # which tokenizers can't take
+        return
     tokens = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length)["input_ids"]
     order = np.argsort([-len(t) for t in tokens], kind="stable")
     starts = range(0, len(order), batch_size)
@@ -162,12 +245,17 @@ class Predictor:
     def load(
         cls, folder: Path, precision: str = "auto", batch_size: int = 64, *, config: PreTrainedConfig | None = None
     ) -> "Predictor":
-        """Reads a folder that `save` wrote; `config` replaces the folder's own."""
-        config = config or AutoConfig.from_pretrained(folder)
-        model = Classifier.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32)
-        if (folder / PREFIX).is_dir():
-            model.encoder = PeftModel.from_pretrained(model.encoder, folder / PREFIX)
-        return cls(model, AutoTokenizer.from_pretrained(folder), precision, batch_size)
+        """Reads a folder that `save` wrote; `config` replaces the folder's own, for a new head."""
+        model = read(Classifier, folder, "classifier." if config else "", config=config)
+        tokenizer = read_tokenizer(folder, model.config.vocab_size)
+        most = getattr(model.config, "max_position_embeddings", 512)  # where a tokenizer sets none, it has no end
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+        predictor = cls(model, tokenizer, precision, batch_size)
+        with reading(folder):
+            if (folder / PREFIX).is_dir():
+                model.encoder = PeftModel.from_pretrained(model.encoder, folder / PREFIX)
+            predictor.infer(["a ☃"])  # what fits may still not work: another kind of model, a setting out of range
+        return predictor
 
     @classmethod
     def pretrained(
@@ -198,7 +286,8 @@ class Predictor:
         changes = {"id2label": classes, "label2id": {label: k for k, label in classes.items()}}
         if dropout is not None:
             changes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        config = AutoConfig.from_pretrained(folder, **changes)
+        with reading(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **changes)
         config.head = head
         predictor = cls.load(folder, precision, config=config)
         if max_length is not None:
@@ -239,18 +328,23 @@ class Predictor:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def save(self, folder: Path, card: str) -> None:
-        """Writes model (safetensors), tokenizer and model card into a folder, atomically.
+        """Writes model, tokenizer, model card and manifest into a folder, atomically."""
+        with sealed(folder) as temporary:
+            self.write(temporary, card)
+
+    def write(self, folder: Path, card: str) -> None:
+        """Writes model (safetensors, or ONNX), tokenizer and model card into a folder that is there.
 
         A prefix can't be merged into the weights (see `methods.merge`) and is written to a folder of its own.
         """
-        wrapped = self.model.encoder
-        with files.atomic(folder) as temporary:
-            if isinstance(wrapped, PeftModel):
-                wrapped.save_pretrained(temporary / PREFIX)
-                self.model.encoder = wrapped.base_model
-            try:
-                self.model.save_pretrained(temporary)
-            finally:
+        wrapped = getattr(self.model, "encoder", None)
+        if isinstance(wrapped, PeftModel):
+            wrapped.save_pretrained(folder / PREFIX)
+            self.model.encoder = wrapped.base_model
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            if wrapped is not None:
                 self.model.encoder = wrapped
-            self.tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -31,6 +31,7 @@ HOOKS = [
     "model_config",
     "on_*",
     "pooler",
+    "safe_output_keys",
     "sampler",
     "severity",
     "should_training_stop",

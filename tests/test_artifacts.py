@@ -1,5 +1,6 @@
 """Artifacts by name: what arrives has the registered checksum, or there is one clear error."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -10,12 +11,17 @@ import ssl
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import threading
+import time
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmprod import artifacts, paths
 
@@ -49,7 +55,9 @@ def server(tmp_path):
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            if self.server.cut:  # promises more than it sends, as a broken connection does
+            if self.server.body:  # whatever was asked for
+                self.server.body(self)
+            elif self.server.cut:  # promises more than it sends, as a broken connection does
                 body = (folder / self.path.lstrip("/")).read_bytes()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
@@ -62,7 +70,7 @@ def server(tmp_path):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.asked, httpd.cut, httpd.folder, httpd.password = [], False, folder, None
+        httpd.asked, httpd.cut, httpd.folder, httpd.password, httpd.body = [], False, folder, None, None
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         httpd.url = f"http://127.0.0.1:{httpd.server_port}"
         yield httpd
@@ -97,6 +105,8 @@ def test_registry_is_complete():
             f"{name}: pickled weights"
         )
         for source in item["sources"]:
+            if "members" in source:  # an archive is opened only when its bytes are those registered
+                assert len(source["sha256"]) == 64 and source["size"] < artifacts.LARGEST, name
             assert len(source.get("sha256", source.get("revision", source.get("url", "")))) >= 40, f"{name}: not pinned"
 
 
@@ -359,7 +369,7 @@ def test_downloads_trust_whom_the_system_trusts(server, tmp_path):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(pem)
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
-        secure.asked, secure.cut, secure.password = [], False, None
+        secure.asked, secure.cut, secure.password, secure.body = [], False, None, None
         threading.Thread(target=secure.serve_forever, daemon=True).start()
         code = f"""
         from pathlib import Path
@@ -399,6 +409,153 @@ def test_unpack_reads_tar_and_zip_alike(tmp_path):
     pack(tmp_path / "x.tar.gz", "top", CONTENT)
     artifacts.unpack(tmp_path / "x.tar.gz", "top", ["a.txt"], tmp_path / "out")
     assert (tmp_path / "out/a.txt").read_bytes() == CONTENT["a.txt"]
+
+
+def endless(handler):
+    """An answer without an end."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b"x" * 65536)
+
+
+def trickle(handler):
+    """An answer that comes byte by byte, as slowly as it may without a break in the connection."""
+    with contextlib.suppress(OSError):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+
+def slow_head(handler):
+    """Headers without an end."""
+    with contextlib.suppress(OSError):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        while True:
+            handler.wfile.write(b"X-More: 1\r\n")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_download_may_not_be_longer_than_registered(thing, server, monkeypatch, registered):
+    server.body = endless
+    monkeypatch.setattr(artifacts, "LARGEST", 100_000)
+    if not registered:
+        del thing["files"]["a.txt"]["size"]
+    with pytest.raises(artifacts.ArtifactError, match=r"a\.txt is longer than the 1[01]0?,000 bytes that it may have"):
+        artifacts.fetch("thing")
+
+
+@pytest.mark.parametrize("body", [trickle, slow_head])
+def test_a_download_has_a_time_limit(thing, server, monkeypatch, body):
+    server.body = body
+    monkeypatch.setattr(artifacts, "PATIENCE", 0.3)
+    monkeypatch.setattr(artifacts, "SLOWEST", 1e9)
+    started = time.monotonic()
+    with pytest.raises(artifacts.ArtifactError, match=r"a\.txt can't be downloaded \(took more than"):
+        artifacts.fetch("thing")
+    assert time.monotonic() - started < 20
+
+
+def test_what_a_kill_left_is_swept(thing, empty_cache):
+    """Of this artifact, whose lock is held; of another one, which may be under way, nothing."""
+    own, other = empty_cache / ".thing-abcd1234", empty_cache / ".thing-two-abcd1234"
+    for left in (own, other):
+        (left / "0").mkdir(parents=True)
+        (left / "0/a.txt").write_bytes(b"half")
+    artifacts.fetch("thing")
+    assert not own.exists() and other.exists()
+
+
+def test_a_whole_cache_on_a_read_only_mount_is_used(thing, empty_cache, server, monkeypatch):
+    """Root may write anywhere, so what writing would use is broken instead."""
+    artifacts.fetch("thing")
+    before = {path: path.stat().st_mtime_ns for path in empty_cache.rglob("*")}
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(artifacts, "FileLock", refuse)
+    monkeypatch.setattr(artifacts.tempfile, "TemporaryDirectory", refuse)
+    assert_whole(artifacts.fetch("thing"))
+    assert {path: path.stat().st_mtime_ns for path in empty_cache.rglob("*")} == before
+    (empty_cache / "thing/a.txt").write_bytes(b"damaged")
+    with pytest.raises(artifacts.ArtifactError, match=r"can't be used for 'thing': Read-only file system"):
+        artifacts.fetch("thing")
+
+
+def test_hub_files_come_from_the_pinned_commit(thing, server, monkeypatch):
+    """With the same limits as from anywhere else."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    pinned = server.folder / "datasets/some/body/resolve" / (40 * "a")
+    pinned.mkdir(parents=True)
+    for file in CONTENT:
+        (pinned / file).parent.mkdir(exist_ok=True)
+        shutil.move(server.folder / file, pinned / file)
+    thing["sources"] = [{"hub": "datasets/some/body", "revision": 40 * "a"}]
+    assert_whole(artifacts.fetch("thing"))
+    (artifacts.cache_folder() / "thing/a.txt").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(server.asked)
+    with pytest.raises(artifacts.ArtifactError, match="HF_HUB_OFFLINE is set"):
+        artifacts.fetch("thing")
+    assert len(server.asked) == asked
+
+
+def write_all(folder, content):
+    """Writes files of the given content, and returns their fingerprint."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+    return artifacts.checksum(str(folder))
+
+
+NAMES = st.dictionaries(st.sampled_from(["a", "b", "ab", "d/a", "d/b"]), st.binary(max_size=6), max_size=3)
+
+
+@given(one=NAMES, other=NAMES)
+def test_a_fingerprint_is_of_what_is_in_which_file(one, other):
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = (write_all(Path(folder) / "x", content) for content in (one, other))
+        assert len(first) == 64 and (first == second) == (one == other)
+
+
+def test_a_fingerprint_knows_which_file_is_which(tmp_path):
+    """A row moved from one file to another changes it, and so does a test file given as a validation file."""
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text("text,label\na,x\nb,y\n")
+    test.write_text("c,x\n")
+    before = artifacts.checksum(str(train), "", str(test))
+    assert before != artifacts.checksum(str(train), str(test), "")
+    train.write_text("text,label\na,x\n")
+    test.write_text("b,y\nc,x\n")
+    assert before != artifacts.checksum(str(train), "", str(test))
+    assert artifacts.checksum("reuters-r8", "", "") == artifacts.checksum("reuters-r8") == "c5d5d8046212"
+    assert artifacts.checksum("reuters-r8", str(test)) != artifacts.checksum("reuters-r8")
+
+
+def test_a_large_file_is_not_read_into_memory(tmp_path):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**27)
+    code = f"""
+    import resource
+    from llmprod import artifacts
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    artifacts.checksum({str(tmp_path / "large")!r})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**15, "kibibytes"
 
 
 def test_checksum_tells_data_apart(tmp_path):

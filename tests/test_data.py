@@ -1,11 +1,12 @@
 """Labelled texts: real data, and twenty kinds of bad input, each with one clear error or a stated treatment."""
 
 import json
+import re
 import unicodedata
 
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +87,68 @@ def test_saved_datasets_folder_keeps_label_names(tmp_path):
     assert set(table["label"]) == {"a", "b"}
 
 
+def test_class_numbers_that_are_missing_are_no_label(tmp_path):
+    """-1 and None, as the hidden labels of a published test split; a number that no class has is an error."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    rows = {"text": list("uvwx"), "label": [0, 1, -1, None]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    table, record = data.clean(data.load(str(tmp_path / "saved")))
+    assert table["label"].tolist() == ["a", "b"] and record["rows removed"].tolist() == [0, 2]
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(data.DataError, match="saved: is not a folder that datasets' save_to_disk wrote, or damaged"):
+        data.load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("kind", ["artifact", "folder", "file"])
+def test_a_test_file_is_the_test_split_whatever_the_data_set_is(tmp_path, kind):
+    part = Dataset.from_pandas(ROWS)
+    DatasetDict(train=part, test=part).save_to_disk(tmp_path / "folder")
+    ROWS.to_csv(tmp_path / "file", index=False)
+    (tmp_path / "file").rename(tmp_path / "file.csv")
+    dataset = {"artifact": "reuters-r8", "folder": str(tmp_path / "folder"), "file": str(tmp_path / "file.csv")}[kind]
+    mine = write(tmp_path, "mine.csv", "text,label\nmy own text,a\nanother,b\n")
+    table = data.load(dataset, test_file=mine, validation_file=mine)
+    for split in ("test", "validation"):
+        assert table.loc[table["split"] == split, "text"].tolist() == ["my own text", "another"]
+    assert (table["split"] == "train").sum() == (5485 if kind == "artifact" else 40)
+
+
+def test_labels_are_texts_in_every_file(tmp_path):
+    """Leading zeros, exponents, "NaN" and "None" are what they are; a canonically equal label is the same."""
+    labels = ["0101", "1E2", "007", "07", "NaN", "None", "null", "e\u0301"]
+    train = "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
+    test = "".join(json.dumps({"text": f"test {i}", "label": label}) + "\n" for i, label in enumerate(labels))
+    table = data.load(write(tmp_path, "d.csv", train), test_file=write(tmp_path, "t.jsonl", test))
+    assert table["label"].tolist() == labels * 2
+    assert data.clean(table)[0]["label"].tolist() == [*labels[:-1], "\u00e9"] * 2
+
+
+@pytest.mark.parametrize(("parameter", "value"), [("test_share", 20), ("test_share", 0.0), ("validation_share", 1)])
+def test_a_share_is_a_share(parameter, value):
+    with pytest.raises(data.DataError, match=f"{parameter} is {value}; it is a share, above 0 and below 1"):
+        data.split(ROWS.assign(split="train"), **{parameter: value})
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=4, max_size=60), st.floats(0.01, 0.99))
+def test_the_share_that_a_message_names_works(labels, share):
+    table = pd.DataFrame({"text": [f"text {i}" for i in range(len(labels))], "label": labels, "split": "train"})
+    table = table.assign(split=["train"] * len(labels))
+    validation = table.groupby("label").head(1).assign(split="validation")
+    table = pd.concat([table, validation], ignore_index=True)  # so that test alone is cut
+    try:
+        cut = data.split(table, test_share=share)
+    except data.DataError as error:
+        if found := re.search(r"use test_share=(\S+) to (\S+)\.", str(error)):
+            for value in map(float, found.groups()):
+                cut = data.split(table, test_share=value)
+                assert set(cut["split"]) == {"train", "test", "validation"}
+        else:
+            assert "classes" in str(error) or "label" in str(error)
+    else:
+        assert set(cut["split"]) == {"train", "test", "validation"}
+
+
 # Bad input: (what a user does, the files, the arguments, what the one error must say)
 
 BAD = {
@@ -96,15 +159,19 @@ BAD = {
     "wrong text column": ({"d.csv": "body,label\nx,y\n"}, {}, "set text_column.*no column text; it has body, label"),
     "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "set .*label_column.*no column label"),
     "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "set .*id_column.*no column id"),
-    "broken encoding": ({"d.csv": b"text,label\ncaf\xe9,y\n"}, {}, "d.csv: byte .* is not utf-8.*encoding='latin-1'"),
+    "broken encoding": (
+        {"d.csv": b"text,label\ncaf\xe9,y\n"},
+        {},
+        "d.csv, line 2: byte 14 is not utf-8.*encoding=latin-1",
+    ),
     "unknown encoding": (
         {"d.csv": "text,label\nx,y\n"},
         {"encoding": "klingon"},
-        "d.csv: can't be read as csv.*klingon",
+        "d.csv: can't be read with encoding=klingon",
     ),
-    "ragged CSV": ({"d.csv": "text,label\nx,y\na,b,c,d\n"}, {}, "d.csv: can't be read as csv"),
-    "unclosed quote": ({"d.csv": 'text,label\n"x,y\n'}, {}, "d.csv: can't be read as csv"),
-    "broken JSON line": ({"d.jsonl": '{"text": "x"\n'}, {"dataset": "{}/d.jsonl"}, "d.jsonl: can't be read as jsonl"),
+    "ragged CSV": ({"d.csv": "text,label\nx,y\na,b,c,d\n"}, {}, "d.csv, line 3: has 4 fields, and the header 2"),
+    "unclosed quote": ({"d.csv": 'text,label\n"x,y\n'}, {}, "d.csv, line 2: the quotes of the row"),
+    "broken JSON line": ({"d.jsonl": '{"text": "x"\n'}, {"dataset": "{}/d.jsonl"}, "d.jsonl, line 1: is not JSON"),
     "truncated Parquet": (
         {"d.parquet": b"PAR1 cut"},
         {"dataset": "{}/d.parquet"},
@@ -127,7 +194,29 @@ BAD = {
         {"test_file": "{}/t.csv"},
         "test split has labels that training lacks: zebra",
     ),
-    "too few rows to stratify": ({"d.csv": "text,label\nw,a\nx,a\ny,b\nz,b\n"}, {}, "needs at least one row of each"),
+    "too few rows to stratify": (
+        {"d.csv": "text,label\nw,a\nx,a\ny,b\nz,b\n"},
+        {},
+        "test_share=0.2 is 1 of 4 texts.*at least one on both sides: use test_share=0.5 to 0.5",
+    ),
+    "a class for each text": ({"d.csv": "text,label\nx,y\nz,w\n"}, {}, "Each of the 2 texts has a label of its own"),
+    "labels that look the same": (
+        {"d.csv": "text,label\nx,y\nz,y\u200b\n"},
+        {},
+        r"'y' and 'y\\u200b' differ in characters that can't be seen",
+    ),
+    "labels that are lists": (
+        {"d.jsonl": '{"text": "x", "label": "y"}\n{"text": "x", "label": ["y", "z"]}\n'},
+        {"dataset": "{}/d.jsonl"},
+        r"d.jsonl, column label, row 2: \['y', 'z'\] is list, and no text or number",
+    ),
+    "texts that are objects": (
+        {"d.json": '[{"text": {"body": "x"}, "label": "y"}]'},
+        {"dataset": "{}/d.json"},
+        "d.json, column text, row 1: .* is dict",
+    ),
+    "a path that no system takes": ({}, {"dataset": "x" * 5000}, "neither a file or folder"),
+    "the home of nobody": ({}, {"dataset": "~nobody-at-all/x.csv"}, "neither a file or folder"),
     "header without rows": ({"d.csv": "text,label\n"}, {}, "None of the 0 rows has both"),
 }
 

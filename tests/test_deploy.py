@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from llmprod import LLMProdError, files, models
+from llmprod import LLMProdError, artifacts, files, models
 from llmprod.deploy import batching, bundle, guard, load, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
@@ -109,13 +109,29 @@ def test_a_bundle_of_another_format_is_refused_with_the_reason(made, tmp_path, c
         bundle.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0}, {"temperature": "1"}, {"threshold": 1e12}, {"threshold": float("nan")}, {"max_length": None},
+     {"labels": ["oil", "grain", "rates"]}, {"labels": None}],
+)  # fmt: skip
+def test_a_manifest_that_does_not_fit_its_model_is_refused(made, tmp_path, change):
+    files_of(made.folder, tmp_path / "b")
+    files.write_json(tmp_path / "b/bundle.json", made.manifest | change)
+    with pytest.raises(bundle.BundleError, match=r"bundle\.json does not fit the model beside it"):
+        bundle.load(tmp_path / "b")
+    for broken in ("[]", "1", "{}", "{"):
+        (tmp_path / "b/bundle.json").write_text(broken)
+        with pytest.raises(LLMProdError, match=r"b has the format|bundle\.json can't be read"):
+            bundle.load(tmp_path / "b")
+
+
 def test_a_bundle_whose_model_answers_otherwise_fails_its_check(made, tmp_path):
     """As on a machine where a library computes otherwise: the frozen answers are what it is held to."""
     frozen = json.loads((made.folder / "frozen.json").read_text())
     frozen[1]["answer"] = "grain"
     files_of(made.folder, tmp_path / "b")
     files.write_json(tmp_path / "b/frozen.json", frozen)
-    changed = made.manifest | {"files": bundle.checksums(tmp_path / "b")}
+    changed = made.manifest | {"files": artifacts.checksums(tmp_path / "b", (bundle.MANIFEST,))}
     files.write_json(tmp_path / "b/bundle.json", changed)
     with pytest.raises(bundle.BundleError, match="answers a frozen text 'oil'"):
         bundle.load(tmp_path / "b").check()

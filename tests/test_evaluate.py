@@ -1,9 +1,12 @@
 """Metrics against hand-worked examples and against scikit-learn."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.covariance import LedoitWolf
 from sklearn.metrics import classification_report
 
 from llmprod.evaluate import metrics
@@ -109,3 +112,19 @@ def test_ood_metrics_by_hand():
     # 98 beats 98 known ones and ties with one, 50 beats 50 and ties with one, the others beat all
     assert found["AUROC"] == pytest.approx((98.5 + 100 + 100 + 50.5) / 400)
     assert found["FPR at 95 %"] == pytest.approx(1 / 4)
+
+
+def test_mahalanobis_is_the_formula_and_its_memory_does_not_grow_with_classes_times_dimensions():
+    random, classes, size = np.random.default_rng(0), 100, 64
+    labels = np.arange(1000) % classes
+    train = random.normal(size=(1000, size)).astype(np.float32) + labels[:, None] / 10
+    vectors = random.normal(size=(1500, size)).astype(np.float32)
+    centres = np.stack([train[labels == k].mean(axis=0) for k in range(classes)])
+    precision = LedoitWolf(assume_centered=True).fit(train - centres[labels]).precision_
+    expected = [min((v - c) @ precision @ (v - c) for c in centres) for v in vectors[:20]]
+    tracemalloc.start()
+    found = metrics.mahalanobis(vectors, train, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found[:20], expected, rtol=1e-6)
+    assert peak < 8 * len(vectors) * (classes + 4 * size), "a table of texts and classes, and one of texts"

@@ -46,3 +46,32 @@ def test_coloured_text_is_safe_html():
     page = explain.coloured(["<script>", "oil", "##y"], np.array([1.0, -0.5, 0.0]))
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert " <span" in page and ">y</span>" in page and "11,110,153" in page and "224,122,31" in page
+
+
+def test_a_text_without_a_word_has_nothing_to_colour(predictor):
+    tokens, scores, _ = explain.attribute(predictor, "", target=0)
+    assert tokens == [] and explain.coloured(tokens, scores).startswith("<div")
+
+
+def test_the_strongest_words_of_each_class():
+    tokens, values = [["oil", "is", "up", "crude"], ["wheat", "!"], ["fed", "oil"]], [[3, 9, 8, 1], [1, 5], [2, -1]]
+    found = explain.strongest_words(tokens, [np.array(v) for v in values], [0, 1, 0], count=2)
+    assert found == {0: ["oil", "fed"], 1: ["wheat"]}, "of more than two letters, each once, the strongest first"
+
+
+def test_words_of_one_letter_count_where_there_are_no_longer_ones():
+    """As in Chinese; and a class whose texts have no word at all takes no part."""
+    found = explain.strongest_words([["股", "市", "。"], ["!", "?"]], [np.array([1, 2, 9]), np.array([1, 2])], [0, 1])
+    assert found == {0: ["市", "股"]}
+
+
+def test_counterfactuals_by_hand():
+    tokens, ranking = [list("abcdefghij"), ["x"]], [np.arange(10), np.array([1])]
+    edited, wanted = explain.counterfactuals(tokens, ranking, [0, 1], {0: ["oil"], 1: ["wheat", "corn", "rye"]})
+    assert wanted == [1, 0] and edited[1] == ["oil"]
+    assert edited[0] == [*"abcdefg", "rye", "corn", "wheat"], "the last three rank highest"
+
+
+@pytest.mark.parametrize("strongest", [{0: ["oil"]}, {}])
+def test_where_one_class_is_predicted_there_is_no_counterfactual(strongest):
+    assert explain.counterfactuals([["a"], ["b"]], [np.ones(1)] * 2, [0, 0], strongest) == ([], [])

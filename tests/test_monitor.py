@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import os
 import random
 import re
@@ -24,12 +25,15 @@ from llmprod.evaluate import drift
 from llmprod.financial_sentiment import multitask, sentiment
 from llmprod.financial_sentiment.entities import Entity
 from llmprod.news_monitoring import channels, monitor, sources
-from llmprod.news_monitoring.documents import Document, NewsError
+from llmprod.news_monitoring.documents import DAY, HEAD, LIMIT, Document, NewsError
+from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import Journal
 from llmprod.news_monitoring.scorer import MonitorConfig, Scorer
 from tests.conftest import ROOT, llmprod
 
 BAD = ("loss", "fraud", "collapse", "strike", "default", "layoffs", "fine", "recall")
+PREDICT = multitask.predict
+START = 1e9  # seconds since 1970
 FINE = ("dividend", "contract", "meeting", "profit", "order", "opening", "merger", "growth")
 
 
@@ -55,7 +59,7 @@ def news(count: int, surge_from: int = 10**9, seed: int = 0) -> list[dict]:
         bad = draw.random() < (0.6 if acme and i >= surge_from else 0.1)
         words = " ".join(draw.choice(("north", "east", "red", "blue", "old", "new", "iron", "glass")) for _ in range(6))
         text = f"{'Acme' if acme else 'Boat'} {draw.choice(BAD if bad else FINE)} {words} {i} {i * 7}"
-        rows.append({"id": str(i), "time": 1000.0 + 60 * i, "text": text})
+        rows.append({"id": str(i), "time": START + 60 * i, "text": text})
     return rows
 
 
@@ -69,14 +73,19 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def without_ids(state):
+    """The state of a detector, without the ids, in which the file's name counts."""
+    return state and state | {"causes": [weight for _, weight in state["causes"]]}
+
+
 def state_of(journal):
     """Everything that must not depend on kills: documents, detectors, alerts."""
     alerts = journal.alerts()
     seen = monitor.seen(journal)
     return (
-        seen[["id", "time", "text", "negative", "fed"]].to_dict("records"),
-        [journal.state(key) for key in ("topic: earn", "topic: ship", "company: acme")],
-        alerts.reindex(columns=["id", "key", "count"]).to_dict("records"),
+        seen[["time", "text", "negative", "fed"]].to_dict("records"),
+        [without_ids(journal.state(key)) for key in ("topic: earn", "topic: ship", "company: acme")],
+        alerts.reindex(columns=["time", "key", "count"]).sort_values(["time", "key"]).to_dict("records"),
     )
 
 
@@ -89,7 +98,7 @@ def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     assert {alert["key"] for alert in told} == {"topic: earn", "company: acme"}
     assert counts["alerts"] == len(told) == len({alert["id"] for alert in told})
     first = next(alert for alert in told if alert["key"] == "topic: earn")
-    assert 1000 + 60 * 250 <= first["time"] < 1000 + 60 * 300
+    assert START + 60 * 250 <= first["time"] < START + 60 * 300
     assert first["share"] > 2 * first["baseline"]
     assert all(any(word in document["text"] for word in BAD) for document in first["documents"])
     # the same again: nothing new, nothing told
@@ -153,8 +162,8 @@ def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path):
 
     assert state_of(again.journal) == state_of(quiet.journal)
     logs = [(tmp_path / name / "alerts.jsonl").read_text().splitlines() for name in ("whole", "killed")]
-    assert [json.loads(line)["id"] for line in logs[1]] == [json.loads(line)["id"] for line in logs[0]]
-    assert logs[0]
+    alerts = [sorted((alert["time"], alert["key"]) for alert in map(json.loads, log)) for log in logs]
+    assert alerts[0] == alerts[1] and alerts[0] and len(set(logs[1])) == len(logs[1])
 
 
 def test_a_step_that_fails_leaves_everything_as_it_was(tmp_path):
@@ -226,10 +235,13 @@ def test_alerts_wait_for_a_channel_that_fails(receiver, tmp_path):
     assert told  # the other channel is not held up
     receiver.got.clear()
     receiver.failures = 0
-    watching.step([])
+    watching.deliver()
+    assert not receiver.got, "it rests after it failed"
+    watching.waits.clear()
+    watching.deliver()
     assert [json.loads(body)["id"] for _, body in receiver.got] == [json.loads(line)["id"] for line in told]
     assert hook.name not in watching.problems
-    watching.step([])
+    watching.deliver()
     assert len(receiver.got) == len(told)
 
 
@@ -377,10 +389,280 @@ def test_a_signal_ends_it_cleanly_and_it_goes_on(trained, tmp_path):
 def test_wandb_alerts_stay_offline_without_a_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(sys, "argv", ["llmprod", "--source", "https://user:hidden@example.org/"])
     channel = channels.Wandb()
     channel.send(ALERT)
     channel.run.finish()
     assert list(tmp_path.rglob("offline-run-*"))
+    stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"topic: earn" in stored and b"hidden" not in stored
+
+
+def test_wandb_that_can_not_start_is_one_message(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    with pytest.raises(NewsError, match="--alert wandb: "):
+        channels.Wandb()
+
+
+def test_wandb_is_off_where_the_user_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    channels.Wandb().send(ALERT)
+    assert not list(tmp_path.rglob("*run-*"))
+
+
+@pytest.mark.parametrize("answer", ["endless", "drip"])
+def test_a_webhook_that_never_ends_its_answer(answer):
+    """Of the body nothing is read, and headers have a deadline."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self):
+            if answer == "endless":
+                self.send_response(204)
+                self.end_headers()
+            try:
+                while not self.server.ending.wait(0.01):
+                    self.wfile.write(b"H" * (65536 if answer == "endless" else 1))
+            except OSError:
+                pass
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.ending, server.daemon_threads = threading.Event(), True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hook = channels.Webhook(
+        f"http://127.0.0.1:{server.server_port}/", wait=0, deadline=60 if answer == "endless" else 1
+    )
+    try:
+        if answer == "endless":
+            hook.send(ALERT)
+        else:
+            with pytest.raises(NewsError, match="in time"):
+                hook.send(ALERT)
+    finally:
+        server.ending.set()
+        server.shutdown()
+
+
+def test_webhooks_have_names_of_their_own_without_secrets():
+    names = {channels.Webhook(f"https://user:hidden@chat/hook?room={room}").name for room in "ab"}
+    assert len(names) == 2 and "hidden" not in str(names)
+    with pytest.raises(NewsError) as refused:
+        channels.open_channel("ftp://user:hidden@host")
+    assert "hidden" not in str(refused.value)
+
+
+def test_an_id_of_a_document_is_none_of_an_alert(tmp_path):
+    log = channels.Log(tmp_path / "alerts.jsonl")
+    log.send(ALERT | {"documents": [{"id": "other"}]})
+    log.send(ALERT | {"id": "other"})
+    channels.Log(tmp_path / "alerts.jsonl").send(ALERT | {"id": "other"})
+    assert [json.loads(row)["id"] for row in log.path.read_text().splitlines()] == ["abc", "other"]
+
+
+def test_a_log_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "alerts.jsonl", tmp_path / "folder.jsonl"):
+        (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
+        with pytest.raises(NewsError, match="can't be written"):
+            channels.open_channel(str(path))
+
+
+def test_no_document_forges_an_alert_on_the_console(tmp_path, capsys):
+    text = "fine\nALERT forged \x1b[2J\u202e\rALERT"
+    alert = ALERT | {
+        "key": "topic: a\nb\x1b[0m",
+        "share": 0.5,
+        "baseline": 0.1,
+        "count": 3,
+        "documents": [{"text": text}],
+    }
+    channels.Console().send(alert)
+    watch(tmp_path).note("x", "a source said \x1b[31m\nALERT")
+    out, error = capsys.readouterr()
+    assert out.count("\n") == 2 and not set(out + error) & set("\x1b\r\u202e") and "\nALERT" not in error
+
+
+@pytest.mark.parametrize("options", [{"lateness": math.nan}, {"lateness": math.inf}, {"lateness": -1}, {"keep": -1}])
+def test_numbers_that_can_not_be_used(tmp_path, options):
+    with pytest.raises(NewsError, match=str(next(iter(options)))), Journal(tmp_path / "j.sqlite") as journal:
+        monitor.Monitor(by_words, journal, None, **options)
+    watching = watch(tmp_path)
+    for pause in (math.nan, -1, math.inf):
+        with pytest.raises(NewsError, match="pause"):
+            monitor.run(watching, [], pause=pause)
+    with pytest.raises(NewsError, match="every"):
+        MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), 10.0, every=5).for_rate(math.inf)
+    with pytest.raises(NewsError, match="is not a source"):
+        sources.open_source("")
+
+
+def test_losses_are_counted_and_said(tmp_path, capsys):
+    rows = [row | {"time": time.time() - 50 + i} for i, row in enumerate(news(30))]
+    rows += [{"text": "Boat of no time"}, {"text": "Boat of tomorrow", "time": time.time() + DAY}]
+    write(tmp_path / "in.jsonl", rows)
+    with (tmp_path / "in.jsonl").open("a") as file:
+        file.write("no json\n" * 3 + '{"text": "x", "time": "31/12/2024"}\n')
+    watching = watch(tmp_path)
+    source = sources.Tail(tmp_path / "in.jsonl")
+    monitor.run(watching, [source], once=True)
+    write(tmp_path / "in.jsonl", [{"text": "Boat that came too late", "time": START}])
+    counts = monitor.run(watching, [source], once=True)
+    assert {name: counts[name] for name in monitor.LOSSES} == {
+        "skipped": 4,
+        "undated": 1,
+        "ahead": 1,
+        "late": 1,
+        "aside": 0,
+    }
+    error = capsys.readouterr().err
+    assert "line 36: '31/12/2024' can't be read as a time" in error and "(4 skipped so far)" in error
+    assert "4 documents or lines could not be read" in error and "1 documents or lines had no time" in error
+    assert "Documents come too late" in error and "came too late to be watched" in error
+
+
+def test_a_backlog_is_watched_whole(tmp_path):
+    """Several files longer than a poll, and documents without a time or dated today, in an archive."""
+    rows = news(600)
+    (tmp_path / "in").mkdir()
+    for month in range(3):
+        write(tmp_path / "in" / f"{month}.jsonl", rows[month * 200 : month * 200 + 200])
+    now = [{"text": "Boat without a time"}, {"text": "Boat of today", "time": time.time()}]
+    write(
+        tmp_path / "in" / "now.jsonl",
+        now + [row | {"text": f"{row['text']} again {row['id']}"} for row in news(99, seed=3)],
+    )
+    watching = watch(tmp_path)
+    monitor.run(watching, [sources.Tail(tmp_path / "in", batch=40)], once=True)
+    assert watching.journal.late() == 0 and set(watching.journal.recent()["fed"]) == {1}
+
+
+def test_a_document_that_fails_is_set_aside_and_named(tmp_path, capsys):
+    def fragile(documents):
+        if any("poison" in document.text for document in documents):
+            raise RuntimeError("index out of range")
+        return [
+            row | ({"negative": math.nan} if "nan" in d.text else {})
+            for d, row in zip(documents, by_words(documents), strict=True)
+        ]
+
+    rows = news(40)
+    rows[7]["text"], rows[20]["text"] = "Boat poison", "Acme nan"
+    write(tmp_path / "in.jsonl", rows)
+    watching = watch(tmp_path)
+    watching.scorer = fragile
+    counts = monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
+    assert counts["documents"] == 40 and counts["aside"] == 2 and len(watching.journal.recent()) == 38
+    error = capsys.readouterr().err
+    assert "Boat poison" in error and "index out of range" in error and "Acme nan" in error
+    assert watching.journal.db.execute("SELECT text FROM documents WHERE fed = 4").fetchall() == [
+        ("Boat poison",),
+        ("Acme nan",),
+    ]
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from llmprod.news_monitoring import monitor, sources
+from tests.test_monitor import by_words, watch
+
+def hangs(documents):
+    if any("poison" in document.text for document in documents):
+        print("begun", len(documents), flush=True)
+        time.sleep(600)
+    return by_words(documents)
+
+watching = watch(Path(sys.argv[1]))
+watching.scorer = hangs
+print(dict(monitor.run(watching, [sources.Tail(Path(sys.argv[1]) / "in.jsonl")], once=True)), flush=True)
+"""
+
+
+def test_a_document_begun_twice_and_never_finished_is_set_aside(tmp_path, monkeypatch):
+    rows = news(10)
+    rows[5]["text"] = "Boat poison"
+    write(tmp_path / "in.jsonl", rows)
+    begun = []
+    for _ in range(2):
+        command = [
+            sys.executable,
+            "-c",
+            HANGING.replace("watching.scorer", "watching.slow = 0.2\nwatching.scorer"),
+            str(tmp_path),
+        ]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            begun.append(process.stdout.readline())
+            evidence, ends = tmp_path / "journal.sqlite.slow", time.monotonic() + 60
+            while not evidence.stat().st_size and time.monotonic() < ends:
+                time.sleep(0.05)
+            process.kill()
+    assert begun == ["begun 10\n", "begun 1\n"]
+    watching = watch(tmp_path)
+    counts = monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
+    assert counts["aside"] == 1 and len(watching.journal.recent()) == 9 and "ended twice" in str(watching.problems)
+
+
+def test_a_signal_is_heeded_between_batches_and_nothing_is_lost(tmp_path):
+    write(tmp_path / "in.jsonl", news(500))
+    watching, source = watch(tmp_path), sources.Tail(tmp_path / "in.jsonl")
+
+    def interrupted(documents):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return by_words(documents)
+
+    watching.scorer = interrupted
+    assert monitor.run(watching, [source], once=True)["documents"] == monitor.BATCH
+    watching.scorer = by_words
+    monitor.run(watching, [source], once=True)
+    recent = watching.journal.recent()
+    assert len(recent) == 500 and set(recent["fed"]) == {1} and watching.journal.late() == 0
+
+
+def test_the_journal_is_free_while_documents_are_scored(tmp_path):
+    write(tmp_path / "in.jsonl", news(10))
+    watching = watch(tmp_path)
+    watching.journal.add_alert("x", START, {"key": "topic: earn", "documents": []})
+
+    def judging(documents):
+        with Journal(watching.journal.path, shared=True) as other:
+            other.acknowledge("x", True)
+        return by_words(documents)
+
+    watching.scorer = judging
+    watching.step([sources.Tail(tmp_path / "in.jsonl")])
+    assert watching.journal.alerts()["right"].tolist() == [True]
+
+
+def test_one_source_does_not_stop_the_others(tmp_path):
+    class Broken(sources.Source):
+        name = "broken"
+
+        def poll(self, cursor, last=False):
+            raise OSError("gone")
+
+    write(tmp_path / "in.jsonl", news(10))
+    watching = watch(tmp_path)
+    watching.step([Broken(), sources.Tail(tmp_path / "in.jsonl")])
+    assert watching.counts["documents"] == 10 and "gone" in watching.problems["broken"]
+
+
+def test_the_work_on_a_document_is_bounded(trained, tmp_path, monkeypatch):
+    """A megabyte is compared and scored by its head: of names alone, 100 kB took half a minute, and this hours."""
+    scorer, lengths = Scorer(trained), []
+    scorer.finder = Names()
+    monkeypatch.setattr(
+        multitask, "predict", lambda model, texts: lengths.extend(map(len, texts)) or PREDICT(model, texts)
+    )
+    for part in ("Acme Acme. ", "A. B. ", "e\u0301\u0300\u0316", "dollar yen ", "\u200b,"):
+        rows = [Document(part, "s", START, (part * LIMIT)[:LIMIT])]
+        with Journal(tmp_path / f"{len(lengths)}.sqlite") as journal:
+            assert len(new_documents(journal, rows)) == 1 and len(scorer(rows)) == 1
+    assert len(lengths) == 5 and max(lengths) <= HEAD
 
 
 def test_drift_and_judged_texts_come_from_the_journal(tmp_path):

@@ -1,5 +1,6 @@
 """The search resumes, prunes, finds a known top; smaller models say what the large one says, or a gate says why not."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,24 @@ def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     assert capsys.readouterr().out.count("once") == 1
 
 
+def test_int8_weights_of_other_weights_or_damaged_ones_are_written_again(checkpoint, tmp_path, capsys):
+    """What lies beside a checkpoint may be another one's, also one that was written before they were told apart."""
+    texts = ["oil prices rose", "a bank"]
+    right = export.int8(checkpoint).predict(texts)
+    other = models.Predictor.pretrained("minilm", ["a", "b", "c"], dropout=0.0, max_length=64)
+    torch.nn.init.constant_(other.model.classifier.bias, 9)
+    other.save(tmp_path / "other", "a test")
+    assert np.abs(export.int8(tmp_path / "other").predict(texts) - right).max() > 5
+    whole = (checkpoint / "int8.onnx").read_bytes()
+    for wrong in ((tmp_path / "other/int8.onnx").read_bytes(), whole[:-9], whole.replace(b"a", b"b", 1)):
+        (checkpoint / "int8.onnx").write_bytes(wrong)
+        np.testing.assert_array_equal(export.int8(checkpoint).predict(texts), right)
+    for name in models.INT8:  # with the note of the other one, too
+        shutil.copy(tmp_path / "other" / name, checkpoint / name)
+    np.testing.assert_array_equal(export.int8(checkpoint).predict(texts), right)
+    assert capsys.readouterr().out.count("once") == 6
+
+
 def test_int8_weights_that_could_not_be_written_leave_nothing(checkpoint, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -195,12 +214,24 @@ def test_static_quantisation_needs_texts_like_those_it_will_see(original, export
 
 @pytest.mark.parametrize("content", [b"", b"not a graph"])
 def test_a_damaged_onnx_file_is_named(exported, content, tmp_path):
-    folder = shutil.copytree(exported, tmp_path / "copy")
+    folder = shutil.copytree(exported, tmp_path / "sealed")
+    (folder / export.ONNX).write_bytes(content)
+    with pytest.raises(models.ModelError, match=r"was changed since it was written: model\.onnx"):
+        export.load(folder)
+    folder = shutil.copytree(exported, tmp_path / "copy", ignore=lambda *_: [models.MANIFEST])
     (folder / export.ONNX).write_bytes(content or (exported / export.ONNX).read_bytes()[:5000])
-    with pytest.raises(models.ModelError, match=r"model\.onnx can't be read as ONNX .*export it again"):
+    with pytest.raises(models.ModelError, match=r"model\.onnx can't be read \(\w+: .*\)\. Write or download it again"):
         export.load(folder)
     (folder / export.ONNX).unlink()
     with pytest.raises(models.ModelError, match=r"has no model\.onnx"):
+        export.load(folder)
+
+
+def test_an_onnx_file_of_another_model_is_refused(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy", ignore=lambda *_: [models.MANIFEST])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(models.ModelError, match=r"outputs of \[\[4\], \[384\]\], of which config\.json knows nothing"):
         export.load(folder)
 
 

@@ -1,10 +1,12 @@
 """The project's own files agree with one another."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -21,7 +25,8 @@ from packaging.version import Version
 
 import llmprod
 from llmprod import paths
-from llmprod.harness import notebooks, pipeline
+from llmprod.__main__ import chosen, parser
+from llmprod.harness import notebooks, pipeline, study
 from tests.dead_code import dead_code
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
@@ -134,6 +139,19 @@ def test_a_notebook_names_the_extra_of_its_room():
         assert wanted in notebooks.setup_cell(name, "0"), name
 
 
+def test_the_first_cell_installs_the_pinned_commit_with_pinned_dependencies(monkeypatch):
+    ran = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command[5:]))
+    cell, commit = notebooks.setup_cell("12_financial_sentiment", "0" * 40), "0" * 40
+    exec(cell, {})
+    url = PROJECT["urls"]["Repository"]
+    assert ran == [[f"llmprod[news] @ git+{url}@{commit}", "-c", f"{url}/raw/{commit}/constraints.txt"]]
+    monkeypatch.setenv("LLMPROD_INSTALL", "/a/checkout@home")
+    exec(cell, {})
+    assert ran[1] == ["/a/checkout@home"]
+
+
 def test_every_dependency_has_its_reason():
     names = set(re.findall(r"[\w-]+", (paths.ROOT / "docs/DEPENDENCIES.md").read_text()))
     wanted = distributions(sum(EXTRAS.values(), PROJECT["dependencies"]))
@@ -189,6 +207,107 @@ def test_links_in_the_readmes_lead_somewhere(readme):
     text = (paths.ROOT / readme).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (paths.ROOT / target).exists(), target
+
+
+# What people type: the Makefile and every command line of the docs
+
+DOCUMENTED = ("README.md", "README.zh.md", "docs/DEPLOY.md", "CONTRIBUTING.md")
+COMMAND = re.compile(r"^(?:make|python|pip) .*?(?=\s+#|$)", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """Runs the Makefile in an environment whose python only says with what it was called: (words, other output)."""
+    project = tmp_path_factory.mktemp("a project")
+    shutil.copy(paths.ROOT / "Makefile", project)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (project / name).touch()
+    there = project / "my $env"
+    (there / "bin").mkdir(parents=True)
+    (there / "bin/python").write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$SAID"\n')
+    (there / "bin/python").chmod(0o755)
+
+    def call(*words: str, **environment: str) -> list[list[str]]:
+        said = project / "said"
+        said.unlink(missing_ok=True)
+        (there / ".llmprod-ready").touch()
+        clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "CONDA_PREFIX")}
+        clean |= {"VIRTUAL_ENV": str(there), "SAID": str(said)} | environment
+        done = subprocess.run(["make", *words], cwd=project, env=clean, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert sorted(path.name for path in project.iterdir() if path != said) == sorted(
+            ["Makefile", "constraints.txt", "my $env", "pyproject.toml"]
+        ), "nothing else was made"
+        calls = said.read_text().split("-m\0")[1:] if said.exists() else []
+        return [one.rstrip("\0").split("\0") for one in calls]
+
+    return call
+
+
+def parsed(words: list[str]):
+    """What `python -m llmprod` makes of its arguments: the options, and the parameters of the run."""
+    options = parser().parse_args(words)
+    if hasattr(options, "params"):
+        chosen(options)
+    elif options.command == "study":
+        assert set(options.names) <= {*study.declared(), "name"}
+    return options
+
+
+@pytest.mark.parametrize("document", DOCUMENTED)
+def test_every_documented_command_is_one_that_exists(document, make):
+    """Each is called, up to the program behind it, or parsed, with its parameters."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", (paths.ROOT / document).read_text(), re.DOTALL))
+    if document == "CONTRIBUTING.md":  # its commands stand in the text
+        text = "\n".join(re.findall(r"`((?:make|python) [^`]+)`", (paths.ROOT / document).read_text()))
+    commands = COMMAND.findall(text)
+    assert commands
+    for command in commands:
+        program, *words = shlex.split(command.partition(" < ")[0])
+        if program == "pip":
+            assert set(re.search(r"\[(.*)\]", words[-1])[1].split(",")) <= set(EXTRAS), command
+            continue
+        calls = make(*words) if program == "make" else [words[1:]]
+        for module, *rest in calls:
+            assert importlib.util.find_spec(module), f"{command}: {module}"
+            if module == "llmprod":
+                parsed(rest)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map("x".__add__)
+)  # make strips spaces before
+@example("$(touch made)`touch made`$HOME")
+@example("'; touch made; '")
+@example('"; touch made; "')
+@example("$(shell touch made) a\\ b #x")
+@settings(max_examples=20)
+def test_make_hands_variables_on_as_they_are(make, text):
+    """Neither make nor a shell reads them, not even where the environment's path holds a space and a dollar."""
+    assert make("run", f"PARAMS={text}", f"NOTEBOOK={text}", f"PROFILE={text}") == [
+        ["llmprod", "run", f"--notebook={text}", f"--profile={text}", f"--params={text}"]
+    ]
+    assert make("serve", STORE=text) == [["llmprod", "serve", f"--store={text}", "--page"]]
+
+
+def test_every_target_quotes_what_users_write(make):
+    bad = "$(touch made)`touch made`;touch made"
+    for target in ("reproduce", "iterate", "verify", "report", "bench", "reference", "study", "lab"):
+        variables = dict.fromkeys(("PROFILE", "NOTEBOOK", "STUDY", "BENCH", "PARAMS", "SEEDS", "STORE"), bad)
+        assert make(target, **variables) and make(target, *(f"{name}={value}" for name, value in variables.items()))
+    assert make("study", STUDY="methods rates") == [["llmprod", "study", "methods", "rates"]]
+
+
+def test_workflows_name_actions_by_commit():
+    """A tag can be moved to other code."""
+    for path in (paths.ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (\S+)", path.read_text()):
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
+
+
+def test_the_nightly_target_tries_more():
+    assert settings.get_profile("nightly").max_examples == 2000 and settings.get_profile("llmprod").max_examples == 200
+    assert "-m hypothesis --hypothesis-profile nightly" in (paths.ROOT / "Makefile").read_text()
 
 
 def test_ci_runs_the_test_command_of_the_readme():

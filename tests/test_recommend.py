@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmprod import artifacts, data, models
+from llmprod import LLMProdError, artifacts, data, models
 from llmprod.recommendation import catalogues, datasets, protocols, ranking, reranker, scorers, tower
 
 
@@ -86,6 +86,77 @@ def test_bad_tables_get_one_clear_error(tmp_path, interactions, items, message):
     (tmp_path / "items.csv").write_text(items)
     with pytest.raises(catalogues.RecommendError, match=message):
         datasets.load(str(tmp_path / "interactions.csv"), str(tmp_path / "items.csv"))
+
+
+def catalogue_of(
+    folder, interactions: str, items: str = "item,text\n007,Green tea\n7,A cup\n", ending: str = "csv", **more
+):
+    """A catalogue of two tables, given as what is in their files."""
+    (folder / f"interactions.{ending}").write_text(interactions)
+    (folder / "items.csv").write_text(items)
+    return datasets.load(str(folder / f"interactions.{ending}"), str(folder / "items.csv"), **more)
+
+
+def test_identifiers_are_texts(tmp_path):
+    """Leading zeros count, in each file, and users that are a number here and a word there have an order."""
+    mine = catalogue_of(tmp_path, "user,item\n01,007\n1,7\n01,7\n")
+    assert mine.users["user"].tolist() == ["01", "1"] and mine.items["item"].tolist() == ["007", "7"]
+    assert mine.interactions[["user", "item"]].to_numpy().tolist() == [[0, 0], [1, 1], [0, 1]]
+    lines = '{"user": 1, "item": "007"}\n{"user": "u1", "item": 7}\n{"user": 1.0, "item": 7.0}\n'
+    mine = catalogue_of(tmp_path, lines, ending="jsonl")
+    assert mine.users["user"].tolist() == ["1", "u1"]
+    assert mine.interactions[["user", "item"]].to_numpy().tolist() == [[0, 0], [1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("times", ["1600000000 1600086400", "1600000000000 1600086400000", "2020-09-13T12:26:40Z "
+                                   "2020-09-14T12:26:40"])  # fmt: skip
+def test_times_become_seconds(tmp_path, times):
+    first, second = times.split()
+    mine = catalogue_of(tmp_path, f"user,item,time\na,7,{first}\nb,7,{second}\nb,007,\n")
+    assert mine.interactions["time"].fillna(0).tolist() == [1600000000, 1600086400, 0]
+    with pytest.raises(catalogues.RecommendError, match="needs a time for every interaction"):
+        protocols.split(mine.interactions, "time")
+
+
+@pytest.mark.parametrize(
+    ("interactions", "message"),
+    [
+        ("user,item\na,7\n,7\n ,007\n", "interactions.csv: rows without user: 2, the first is row 2"),
+        ("user,item\na,\n", "rows without item: 1, the first is row 1"),
+        (
+            "user,item,time\na,7,03/04/2024\n",
+            "interactions.csv, column time, row 1: '03/04/2024' can't be read as a time",
+        ),
+        ("user,item,rating\na,7,4\nb,7,four\n", "interactions.csv, column rating, row 2: 'four' is not a number"),
+    ],
+)
+def test_a_bad_cell_is_named(tmp_path, interactions, message):
+    with pytest.raises(LLMProdError, match=message):
+        catalogue_of(tmp_path, interactions)
+
+
+def test_an_encoding_of_its_own(tmp_path):
+    (tmp_path / "i.csv").write_bytes("user,item\nzoé,thé\n".encode("latin-1"))
+    (tmp_path / "t.csv").write_bytes("item,text\nthé,Thé vert\n".encode("latin-1"))
+    names = str(tmp_path / "i.csv"), str(tmp_path / "t.csv")
+    assert datasets.load(*names, encoding="latin-1").items["text"].tolist() == ["Thé vert"]
+    with pytest.raises(data.DataError, match=r"i.csv, line 2: byte 12 is not utf-8.*encoding=latin-1"):
+        datasets.load(*names)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "rows"), [("time", "0 0 5\n0 1 5\n1 0 5"), ("last", "0 0 1\n1 0 2"), ("cold", "0 0 1")]
+)
+def test_a_split_without_a_test_is_refused(protocol, rows):
+    with pytest.raises(catalogues.RecommendError, match=f"protocol='{protocol}' leaves . interactions to train on and"):
+        protocols.split(table(rows), protocol)
+
+
+def test_a_reranker_without_relevant_candidates_is_refused():
+    """As where all interactions of training happened at one time, so that its folds are empty."""
+    nothing = ({"EASE": np.zeros((2, 3))}, np.array([[0, 1], [1, 2]]), np.zeros((2, 2)))
+    with pytest.raises(catalogues.RecommendError, match="no ranking to learn; set fewer folds"):
+        reranker.fit_reranker([nothing], ["EASE"], seed=0)
 
 
 def test_facts_of_unknown_items(tmp_path):

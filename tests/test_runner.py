@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,13 @@ import time
 
 import nbformat
 import pytest
+from filelock import FileLock
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from llmprod import LLMProdError, artifacts, files, paths
-from llmprod.harness import pipeline, results, runner
+from llmprod.__main__ import main
+from llmprod.harness import pipeline, report, results, runner
 
 from .conftest import llmprod
 
@@ -35,33 +40,333 @@ def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
         pipeline.profile("smoke")
 
 
-def test_unknown_profile_and_notebook_say_what_there_is():
-    with pytest.raises(LLMProdError, match="cpu, gpu, smoke"):
-        pipeline.profile("tpu")
-    with pytest.raises(LLMProdError, match="02_finetune"):
-        pipeline.read("02_fine_tune")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("02_finetune: {epochs: two}", "smoke.yaml: 02_finetune: epochs is 'two'; it takes a whole number"),
+        ("01_data: {encoding: 1}", "encoding is 1; it takes a text"),
+        ("01_data: {test_share: 20}", "test_share is 20; it takes a number from 0 to 1, such as 0.2"),
+        ("02_finetune: [epochs", "smoke.yaml is not YAML.*line 1"),
+        ("02_finetune: 3", "smoke.yaml must hold names, each with a mapping"),
+        ("09_x: {epochs: 1}", "There is no notebook '09_x'"),
+    ],
+)
+def test_an_odd_profile_is_one_message(monkeypatch, tmp_path, text, message):
+    (tmp_path / "smoke.yaml").write_text(text)
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    with pytest.raises(LLMProdError, match=message):
+        pipeline.profile("smoke")
 
 
-def test_parameters_from_the_command_line():
-    assert pipeline.parse_parameters("epochs=2 seed=1") == {"epochs": 2, "seed": 1}
-    assert pipeline.parse_parameters("dataset='my file.csv' learning_rate=1.0e-4") == {
-        "dataset": "my file.csv",
-        "learning_rate": 1e-4,
-    }
-    assert pipeline.parse_parameters("method=full learning_rate=3e-4") == {"method": "full", "learning_rate": 3e-4}
-    with pytest.raises(LLMProdError, match="learning_rate is 'fast', which is not a number"):
-        pipeline.parse_parameters("learning_rate=fast")
-    with pytest.raises(LLMProdError, match="epochs"):
-        pipeline.parse_parameters("epoch=2")
-    with pytest.raises(LLMProdError, match="name=value"):
-        pipeline.parse_parameters("epochs")
+def test_a_profile_reads_exponents_as_numbers(monkeypatch, tmp_path):
+    (tmp_path / "smoke.yaml").write_text("02_finetune: {learning_rate: 3e-4}")
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    assert pipeline.profile("smoke") == {"02_finetune": {"learning_rate": 3e-4}}
+
+
+@pytest.mark.parametrize("name", ["tpu", "../cpu", "../../profiles/cpu", "", "cpu.yaml"])
+def test_an_unknown_profile_says_what_there_is_and_leads_nowhere_else(name):
+    for function in (pipeline.profile, lambda name: runner.folder_for(name, {})):
+        with pytest.raises(LLMProdError, match=r"There is no profile .*cpu, gpu, smoke"):
+            function(name)
+
+
+@pytest.mark.parametrize("name", ["02_fine_tune", "../notebooks/02_finetune", "", "profiles/cpu"])
+def test_an_unknown_notebook_says_what_there_is(name):
+    for function in (pipeline.read, pipeline.with_upstream):
+        with pytest.raises(LLMProdError, match=r"There is no notebook .*02_finetune"):
+            function(name)
+
+
+@pytest.mark.parametrize(
+    "cell", ["epochs = two", "epochs, seed = 1, 2", "import os", "epochs = (", "epochs: int = 1 + x"]
+)
+def test_an_odd_parameters_cell_and_a_damaged_notebook_are_one_message(own_notebooks, cell):
+    path = own_notebooks / "02_finetune.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])).source = cell
+    nbformat.write(notebook, path)
+    with pytest.raises(LLMProdError, match=r"02_finetune\.ipynb: its cell 'parameters'"):
+        pipeline.declared.__wrapped__("02_finetune")
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(LLMProdError, match=r"02_finetune\.ipynb can't be read as a notebook"):
+        pipeline.read("02_finetune")
+
+
+# Parameters from the command line
+
+ALL = list(pipeline.pipeline())
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("epochs=2 seed=1", {"epochs": 2, "seed": 1}),
+        ("  epochs=1e1\n seed=0 ", {"epochs": 10, "seed": 0}),
+        ("dataset='my file.csv' learning_rate=1.0e-4", {"dataset": "my file.csv", "learning_rate": 1e-4}),
+        ("method=full learning_rate=3e-4", {"method": "full", "learning_rate": 3e-4}),
+        ('text_column="Review: text"', {"text_column": "Review: text"}),
+        ("embeddings=True", {"embeddings": True}),
+        ("spoken='[hi, where are you]'", {"spoken": ["hi", "where are you"]}),
+        ("test_file= label_column=''", {"test_file": "", "label_column": ""}),
+        *((f"label_column={text}", {"label_column": text}) for text in (
+            "on", "no", "null", "~", "1", "010", "0x10", "1_000", "1e3", "12:30", "2024-01-01", "@tag", "*", "&x", "%x",
+            "[x]", "{x}", "#tag", "it's.csv", r"C:\Users\me\a.csv", "a=b", "$HOME", "`id`", "标题", "!!python/object:x",
+        )),
+    ],
+)  # fmt: skip
+def test_parameters_take_the_kind_of_their_default(text, values):
+    found = pipeline.parse_parameters(text, ALL)
+    assert found == values and [type(value) for value in found.values()] == [type(value) for value in values.values()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate=fast", "PARAMS: learning_rate is 'fast'; it takes a number of at least 0, such as"),
+        *((f"epochs={value}", "epochs is .*; it takes a whole number of at least 1, such as") for value in (
+            "two", "2.5", "true", "-1", "0", "", "2,seed=1", "nan", "1e999999999", "9" * 30,
+        )),
+        *((f"test_share={value}", "it takes a number from 0 to 1, such as 0.2") for value in ("20%", "20", "nan")),
+        ("seed=4294967296", "seed is '4294967296'; it takes a whole number from 0 to 4294967295"),
+        ("learning_rate=inf", "learning_rate is 'inf'"),
+        ("embeddings=yes", "embeddings is 'yes'; it takes true or false"),
+        ("spoken=hi", "spoken is 'hi'; it takes a list of texts"),
+        ("epochs=2 epochs=3", "epochs is set twice"),
+        ("epoch=2", "no notebook of this run has a parameter epoch; there are: .*epochs"),
+        ("dataset=caf\udce9.csv", "dataset is .*; it takes a text"),
+        *((text, r"is not name=value, or a quote in it is not closed; write for example PARAMS=") for text in (
+            "epochs", "--epochs=2", "=2", 'dataset="unclosed', "dataset=my file.csv", "dataset='a'b", "# a comment",
+        )),
+    ],
+)  # fmt: skip
+def test_odd_parameters_are_one_message(text, message):
+    with pytest.raises(LLMProdError, match=message) as error:
+        pipeline.parse_parameters(text, ALL)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parameter_of_other_notebooks_is_refused_not_dropped():
+    assert pipeline.parse_parameters("k=5", ALL) == {"k": 5}
+    with pytest.raises(LLMProdError, match=r"no notebook of this run has a parameter k; there are: .*epochs"):
+        pipeline.parse_parameters("k=5", pipeline.with_upstream("02_finetune"))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("a' b\\")
+def test_any_text_with_at_most_one_kind_of_quote_stays_that_text(text):
+    quote = "'" if '"' in text else '"'
+    if quote not in text:
+        assert pipeline.parse_parameters(f"seed=1 dataset={quote}{text}{quote}", ALL) == {"seed": 1, "dataset": text}
+
+
+@given(st.text())
+def test_any_parameters_are_values_of_their_kind_or_one_message(text):
+    for prefix in ("", "epochs=", "learning_rate=", "embeddings=", "spoken=", "dataset="):
+        try:
+            found = pipeline.parse_parameters(prefix + text, ALL)
+        except LLMProdError:
+            continue
+        for name, value in found.items():
+            defaults = [pipeline.declared(n)[name] for n in ALL if name in pipeline.declared(n)]
+            assert type(value) in {list if isinstance(d, tuple) else type(d) for d in defaults}
+        assert json.loads(json.dumps(found)) == found
+
+
+@given(st.floats(0, 1e18) | st.integers(0, 2**62))
+def test_any_number_is_read_as_it_is_written(number):
+    assert pipeline.parse_parameters(f"learning_rate={number!r}", ALL) == {"learning_rate": float(number)}
+
+
+def test_every_default_is_a_value_of_its_own_kind_and_one_name_has_one_kind():
+    kinds = {}
+    for notebook in ALL:
+        values = pipeline.declared(notebook)
+        found = pipeline.converted(values, values, notebook)
+        assert {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} == values
+        for name, value in values.items():
+            assert kinds.setdefault(name, type(value)) is type(value), name
+    assert not set(pipeline.RANGES) - set(kinds)
 
 
 def test_a_run_with_parameters_has_a_folder_of_its_own():
     assert runner.folder_for("cpu", {}) == paths.REPORTS / "cpu"
-    one, two = (runner.folder_for("cpu", {"dataset": f"/data/{'x' * 90}/{name}.csv"}) for name in "ab")
-    assert one != two and one.parent == paths.RUNS and len(one.name) < 90
+    for pair in ([f"/data/{'x' * 90}/{name}.csv" for name in "ab"], ["a b.csv", "a/b.csv"], ["a_b", "a b"]):
+        one, two = (runner.folder_for("cpu", {"dataset": name}) for name in pair)
+        assert one != two and one.parent == paths.RUNS and len(one.name) < 90
     assert os.sep not in runner.folder_for("cpu", {"dataset": "../../etc"}).name
+
+
+# A small notebook, run by the runner: what labels and texts may carry, the seal, the verdict
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<ScRiPt >alert(1)</sCrIpT >",
+    "<img src=http://example.org/x.png onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<div style='background:url(http://example.org/x)' onclick=alert(1)>x</div>",
+    "<style>@import 'http://example.org/x.css';</style>",
+    "<!--><script>alert(1)</script>-->",
+    "<script>alert(1)",
+    "![x](http://example.org/x.png)",
+    "</td></table><script>alert(1)</script>",
+    "<base href=http://example.org/><form action=/x><input onfocus=alert(1) autofocus></form>",
+]
+SOURCE = """
+import json, os, pathlib, sys
+import pandas as pd
+from IPython.display import HTML, Javascript, Markdown, SVG, display
+
+for label in LABELS:
+    display(HTML(f"<b>{label}</b> <span style='background:rgba(1,2,3,0.5)'>word</span>"))
+    display(Markdown(f"## {label}"), pd.DataFrame({label: [label]}), pd.DataFrame({"label": [label]}).style)
+    print(label)
+display(Javascript("alert(1)"), SVG("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'></svg>"))
+folder = pathlib.Path(os.environ["LLMPROD_RUN"]) / "results"
+folder.mkdir(exist_ok=True)
+metrics = {"accuracy": {"value": 0.5, "n": 10}}
+result = {"notebook": "tiny", "seed": seed, "metrics": metrics, "protocol": {"text": text}}
+(folder / "tiny.json").write_text(json.dumps(result | {"speeds": {"peak memory, MB": 1.0}}))
+print(sys.executable)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_notebook(tmp_path_factory):
+    """One notebook in a folder of its own, taken for all notebooks."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    (folder / "pipeline.yaml").write_text("tiny: {needs: [], timeout: 120, title: t, headline: accuracy}")
+    cell = nbformat.v4.new_code_cell
+    cells = [cell('text = "a"\nseed = 0', metadata={"tags": ["parameters"]}), cell(f"LABELS = {HOSTILE!r}\n{SOURCE}")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "tiny.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_notebook, tmp_path_factory):
+    """Its run, on a machine where the name `python3` stands for another interpreter."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "kernels/python3").mkdir(parents=True)
+    kernel = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+    (elsewhere / "kernels/python3/kernel.json").write_text(json.dumps(kernel))
+    with pytest.MonkeyPatch.context() as patch, runner.environment(JUPYTER_PATH=str(elsewhere)):
+        patch.setattr(paths, "NOTEBOOKS", tiny_notebook)
+        assert runner.run(["tiny"], "cpu", {"text": '"; import os; x = "'}, folder)
+        report.build(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_run, tiny_notebook, tmp_path, monkeypatch):
+    """A copy of it to change."""
+    monkeypatch.setattr(paths, "NOTEBOOKS", tiny_notebook)
+    return shutil.copytree(tiny_run, tmp_path / "tiny")
+
+
+def test_a_run_starts_this_interpreter_whatever_kernel_is_installed(tiny):
+    executed = nbformat.read(tiny / "tiny.ipynb", as_version=4)
+    printed = "".join(o.text for c in executed.cells if c.cell_type == "code" for o in c.outputs if "text" in o)
+    assert printed.strip().endswith(sys.executable)
+    assert results.results(tiny)["tiny"]["protocol"] == {"text": '"; import os; x = "'}, "a text is injected as a text"
+
+
+ACTIVE = re.compile(
+    r"<(script|img|svg|iframe|style|base|form|input|link|object|embed)|\son\w+=|javascript:|url\(|@import", re.I
+)
+
+
+def test_an_executed_notebook_carries_nothing_that_runs_or_loads(tiny):
+    executed = nbformat.read(tiny / "tiny.ipynb", as_version=4)
+    outputs = [o.data for c in executed.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    kinds = set().union(*outputs)
+    assert kinds <= {"text/plain", "text/html", "text/markdown"} and len(outputs) > len(HOSTILE)
+    for data in outputs:
+        shown = re.sub(r"&lt;[^<]*", "", data.get("text/html", ""))  # escaped: shown as a text
+        assert not ACTIVE.search(shown), shown
+        assert not re.search(r"<[a-z/!?]|!\[", data.get("text/markdown", ""), re.I)
+    html = "".join(data.get("text/html", "") for data in outputs)
+    assert "<table" in html and "rgba(1,2,3,0.5)" in html.replace(" ", ""), "tables and colours stay"
+
+
+def test_pages_run_no_script_and_load_nothing_from_elsewhere(tiny):
+    for name in ("tiny.html", "index.html"):
+        page = (tiny / name).read_text()
+        head = page[: page.index("<title>")]
+        assert "Content-Security-Policy" in head and "default-src 'none'" in head and "script-src" not in page
+        assert not re.search(r"<script|<link|<iframe|<base|<img[^>]+src=.?(?!data:|figures/)", page, re.I), name
+
+
+def test_the_page_of_a_run_shows_texts_of_the_data_as_texts(tiny):
+    path = tiny / "results/tiny.json"
+    result = json.loads(path.read_text())
+    result["metrics"] |= {
+        label: {"value": 0.5, "n": 10} for label in [*HOSTILE, "a | b", "[x](http://example.org)", "`c"]
+    }
+    files.write_json(path, result)
+    stamp = {"fingerprint": "", "seal": results.seal(tiny, "tiny")}
+    files.write_json(tiny / "work/tiny/done.json", stamp)
+    report.build(tiny)
+    page = (tiny / "index.html").read_text()
+    body = page[page.index("<body>") :]
+    assert not re.search(r'<(script|img|svg|iframe|style|form|input)|href="(?!tiny\.html)', body)
+    assert body.count("<tr>") == len(result["metrics"]) + len(result["speeds"]) + 2, "one row each, whatever it holds"
+    assert "a | b" in body and "![x](http://example.org/x.png)" in body
+
+
+# The verdict believes no file that was changed after the run
+
+
+def verdicts(folder) -> set[str]:
+    return set(results.verify(folder)["verdict"])
+
+
+def test_a_run_that_nobody_changed_is_up_to_date_and_not_edited(tiny):
+    parameters = {"text": '"; import os; x = "'}
+    assert runner.is_up_to_date("tiny", pipeline.settings("cpu", parameters), tiny)
+    assert verdicts(tiny) == {"NOT COMPARABLE"} and results.edited(tiny, "tiny") == []
+
+
+@pytest.mark.parametrize("name", ["results/tiny.json", "tiny.ipynb"])
+def test_a_file_that_was_changed_after_the_run_is_called_edited(tiny, name):
+    before = (tiny / name).read_text()
+    for text in (before.replace("0.5", "0.9", 1) + " ", before[:40], "", "[]"):
+        (tiny / name).write_text(text)
+        table = results.verify(tiny)
+        assert set(table["verdict"]) == {"EDITED"} and results.fails(table, {"text": "b"})
+        assert table["reason"][0] == f"changed after the run: {name}; delete it and run again"
+        assert results.results(tiny) == {} and "EDITED" in report.page(tiny), "the report shows no number of it"
+    (tiny / name).unlink()
+    assert verdicts(tiny) == {"MISSING"}
+    assert not runner.is_up_to_date("tiny", pipeline.settings("cpu", {"text": '"; import os; x = "'}), tiny)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seal": 1}', '{"fingerprint": 1}', "null"])
+def test_a_damaged_stamp_is_no_stamp(tiny, text):
+    (tiny / "work/tiny/done.json").write_text(text)
+    assert verdicts(tiny) == {"MISSING"} and not runner.is_up_to_date("tiny", pipeline.settings("cpu", {}), tiny)
+
+
+def test_other_source_and_an_uncommitted_tree_are_shown(tiny, monkeypatch):
+    monkeypatch.setattr(results, "source_hash", lambda name: "other")
+    monkeypatch.setattr(results.machine, "git_commit", lambda: "abc+")
+    shown = " ".join(results.notes(tiny))
+    assert "The notebook has changed since it ran: tiny." in shown and "differs from its commit: abc+." in shown
+    stamped = json.loads((tiny / "results/tiny.json").read_text())["provenance"]["commit"]
+    assert ("Measured with code that is in no commit" in shown) == (stamped == "none" or stamped.endswith("+"))
+    assert all(note in report.page(tiny) for note in results.notes(tiny))
+
+
+def test_a_run_in_progress_is_not_joined_by_another(tiny):
+    with (
+        FileLock(tiny / "work/.lock"),
+        pytest.raises(LLMProdError, match=r"Another process is running notebooks in .*tiny"),
+    ):
+        runner.run(["tiny"], "cpu", {"text": '"; import os; x = "'}, tiny)
+    assert not runner.run(["tiny"], "cpu", {"text": '"; import os; x = "'}, tiny), "free again"
 
 
 # Up-to-date check
@@ -291,16 +596,48 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke_run, tmp_path):
     assert results.results(folder)["03_evaluate"]["metrics"] == results.results(smoke_run)["03_evaluate"]["metrics"]
 
 
-def test_the_command_line_shows_messages_not_tracebacks(tmp_path):
-    for arguments in (["run", "--notebook", "99_x"], ["run", "--params", "x"], ["artifacts", "nothing"], ["sync"]):
-        done = llmprod(*arguments, LLMPROD_HOME=str(tmp_path))
-        assert done.returncode == 2 and "Traceback" not in done.stderr and "Error: " in done.stderr, arguments
+def test_the_command_line_shows_messages_not_tracebacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    for arguments in (
+        ["run", "--notebook", "99_x"],
+        ["run", "--notebook", "../01_data"],
+        ["run", "--params", "x"],
+        ["run", "--profile", "../cpu"],
+        ["verify", "--profile", "../../reports/cpu"],
+        ["report", "--profile", "/tmp"],
+        ["reference", "--profile", "../cpu"],
+        ["reference", "--notebook", "99_x"],
+        ["artifacts", "nothing"],
+        ["study", "nothing"],
+        ["sync"],
+    ):
+        assert main(arguments) == 2, arguments
+        assert re.match(r"\w*Error: .", capsys.readouterr().err), arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study", "--jobs", "0"],
+        ["reference", "--seeds", "-1"],
+        ["monitor", "--source", "x", "--lateness", "nan"],
+        ["monitor", "--source", "x", "--every", "inf"],
+        ["monitor", "--source", "x", "--pause", "-1"],
+        ["serve", "--rate", "nan"],
+        ["feedback", "--store", "x", "--older-than", "nan"],
+    ],
+)
+def test_the_command_line_refuses_numbers_out_of_range(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"argument {arguments[-2]}" in capsys.readouterr().err
 
 
 def test_an_unwritable_place_is_one_message(tmp_path):
     (tmp_path / "home").write_text("a file where the folder should be")
     done = llmprod("run", "--profile", "smoke", LLMPROD_HOME=str(tmp_path / "home"))
     assert done.returncode == 2 and "Traceback" not in done.stderr and "could not be written" in done.stderr
+    assert "LLMPROD_HOME" in done.stderr, "the way out of a checkout that is read-only"
 
 
 def test_verify_fails_on_what_is_missing(tmp_path):

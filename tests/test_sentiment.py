@@ -47,13 +47,32 @@ def test_own_file_with_words_and_with_numbers(tmp_path):
     pd.DataFrame({"body": [GOOD, BAD], "score": [2.5, -1]}).to_csv(file, index=False)
     table = sentiment.load(str(file), text_column="body", label_column="score")
     assert table["sentiment"].tolist() == [2, 0]
+    file.write_bytes(f'text,label\n"{GOOD} Café", POSITIVE \n'.encode("latin-1"))
+    assert sentiment.load(str(file), encoding="latin-1")["rating"].tolist() == [1]
     pd.DataFrame({"text": [GOOD, BAD], "label": ["good", "negative"]}).to_csv(file, index=False)
-    with pytest.raises(sentiment.SentimentError, match="'good' is not a sentiment"):
+    with pytest.raises(sentiment.SentimentError, match=r"'good' is not a number. Ratings are"):
         sentiment.load(str(file))
     with pytest.raises(sentiment.SentimentError, match="part is 'blogs'"):
         sentiment.load(part="blogs")
     with pytest.raises(data.DataError, match=r"missing\.csv"):
         sentiment.load("missing.csv")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("0 1 2", "ratings go from 0 to 2, and should lie around 0.*Subtract what is neutral"),
+        ("1 3 5", "ratings go from 1 to 5"),
+        ("0 1 1", "ratings go from 0 to 1"),
+        ("-1 one 1", "mine.csv, row 2: 'one' is not a number. Ratings are numbers around 0, or negative, neutral"),
+        ("-1  1", "mine.csv: row 2 has no label"),
+    ],
+)
+def test_ratings_that_do_not_lie_around_zero_are_refused(tmp_path, labels, message):
+    rows = zip([GOOD, BAD, PLAIN], labels.split(" "), strict=True)
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    with pytest.raises(sentiment.SentimentError, match=message):
+        sentiment.load(str(tmp_path / "mine.csv"))
 
 
 @given(st.lists(st.floats(-4, 4), min_size=1), st.floats(-1, 0), st.floats(0, 1))

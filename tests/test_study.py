@@ -85,7 +85,8 @@ def own_package(monkeypatch, tmp_path):
     with (tmp_path / "all.jsonl").open("w") as file:
         for name in study.declarations()["experiments"]:
             parameters = {"experiment": name, "seed": 0}
-            file.write(json.dumps({"code": study.code(parameters), "parameters": parameters}) + "\n")
+            row = {"key": name, "code": study.code(parameters), "parameters": parameters, "metrics": {}}
+            file.write(json.dumps(row) + "\n")
 
     def edit(module: str, change: Callable[[str], str]) -> set[str]:
         path = tmp_path / "llmprod" / module
@@ -203,6 +204,49 @@ def pid(parameters: dict) -> int:
 def test_what_was_not_measured_is_said(tiny):
     assert "not measured yet" in study.styled(study.means("tiny", ["strategy"], ["accuracy"])).to_string()
     assert study.curves("tiny", "strategy").empty
+
+
+def test_a_damaged_row_is_named_and_none_is_lost(tiny):
+    """Only a last line may be cut: that is what a kill leaves. A row of an experiment that is gone counts as stale."""
+    folder, _ = tiny
+    row = json.dumps({"key": "k", "parameters": {"experiment": "gone", "seed": 0}, "metrics": {}})
+    (folder / "studies").mkdir()
+    path = folder / "studies/tiny.jsonl"
+    path.write_text(f"{row}\n{row[:20]}")
+    assert study.stale("tiny") == [True]
+    for damaged in (row[:20], "[]", "{}", '{"key": "k", "parameters": 1, "metrics": {}}'):
+        path.write_text(f"{row}\n{damaged}\n{row}\n")
+        with pytest.raises(LLMProdError, match=r"tiny\.jsonl, line 2 is damaged"):
+            study.run("tiny")
+        assert path.read_text().count(row) == 2, "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"epochs": "two"}, "tiny: epochs is 'two'; it takes a whole number of at least 1, such as 4"),
+        ({"method": 1}, "tiny: method is 1; it takes a text"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_study_sets_values_of_the_declared_kind(tiny, parameters, message):
+    folder, declaration = tiny
+    declaration["tiny"]["vary"] = [parameters]
+    declaration["tiny"]["seeds"] = [parameters.pop("seed", 0)]
+    (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
+    with pytest.raises(LLMProdError, match=message):
+        study.grid("tiny")
+
+
+def test_a_study_reads_exponents_as_numbers_and_keeps_the_keys_of_its_rows(tiny):
+    folder, declaration = tiny
+    keys = []
+    for rate in ("3e-4", "3.0e-4"):  # YAML reads the first as a text
+        text = yaml.safe_dump(declaration).replace("epochs: 1", f"learning_rate: {rate}")
+        (folder / "notebooks/studies.yaml").write_text(text)
+        keys.append([study.key(parameters) for parameters in study.grid("tiny")])
+        assert study.grid("tiny")[0]["learning_rate"] == 3e-4
+    assert keys[0] == keys[1]
 
 
 def test_unknown_names_are_named(tiny):

@@ -90,6 +90,19 @@ def test_own_table_of_questions_with_answers(tmp_path):
     assert not any("x = 1" in passage.text for passage in own.passages)
 
 
+def test_intents_of_an_own_table_are_texts(tmp_path):
+    """Numbers of intents keep their zeros; a list of intents and a foreign encoding are named."""
+    rows = "".join(f"quéstion {k} about {name},{name},0{k % 2}\n" for name in ("01", "1") for k in range(12))
+    (tmp_path / "own.csv").write_bytes(f"text,intent,answer\n{rows}".encode("latin-1"))
+    own = desk.load(str(tmp_path / "own.csv"), encoding="latin-1")
+    assert own.intents == ["01", "1"] and set(own.answers.values()) == {"00"}
+    with pytest.raises(data.DataError, match=r"own.csv, line 2: byte 21 is not utf-8"):
+        desk.load(str(tmp_path / "own.csv"))
+    (tmp_path / "own.jsonl").write_text('{"text": "a", "intent": ["x", "y"]}\n')
+    with pytest.raises(data.DataError, match=r"own.jsonl, column intent, row 1: .* is list"):
+        desk.load(str(tmp_path / "own.jsonl"))
+
+
 def test_best_answers_are_passages_where_nothing_else_is_known(shop):
     assert desk.searchable(shop) is shop
     rows = [

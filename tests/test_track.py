@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import threading
 import pandas as pd
 import pytest
 
-from llmprod import LLMProdError
+from llmprod import LLMProdError, paths
 from llmprod.harness import track
 
+KEY = "0123456789abcdef0123456789abcdef01234567"
 TRACKED = """
 import os, socket, sys
 
@@ -90,14 +92,90 @@ def test_without_an_account_it_is_offline_and_silent(trap, tmp_path):
 def test_with_a_key_it_goes_online_and_without_a_network_offline_again(trap, tmp_path):
     """The key alone turns it online: the attempt is seen in the trap, the key in nothing that is written or shown."""
     proxy, asked = trap
-    key = "0123456789abcdef0123456789abcdef01234567"
-    settings = {"WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "15", "WANDB_HTTP_TIMEOUT": "2"}
+    settings = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "15", "WANDB_HTTP_TIMEOUT": "2"}
     done = run_tracked(tmp_path, proxy, **settings)
     assert done.returncode == 0, done.stderr
-    assert asked and key not in done.stdout + done.stderr
+    assert asked and KEY not in done.stdout + done.stderr
     assert "W&B can't be reached" in done.stdout and list((tmp_path / "work/wandb").glob("offline-run-*"))
     for path in tmp_path.rglob("*"):
-        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_offline_is_offline_with_a_key_and_without_a_home(trap, tmp_path):
+    """WANDB_MODE is the user's word; where HOME can't be written W&B says nothing, and its files stay in the run."""
+    proxy, asked = trap
+    done = run_tracked(
+        tmp_path / "run", proxy, WANDB_API_KEY=KEY, WANDB_MODE="offline", HOME="/proc/none", MPLCONFIGDIR=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert asked == [] and done.stderr == ""
+    (run,) = (tmp_path / "run/work/wandb").glob("offline-run-*/*.wandb")
+    for private in (socket.gethostname(), sys.executable, KEY):
+        assert private.encode() not in run.read_bytes() or len(private) < 6, private
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode", "seconds"),
+    [
+        ({}, "offline", 15),
+        ({"WANDB_API_KEY": KEY}, "online", 15),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline", 15),
+        ({"WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "3"}, "online", None),
+        ({"WANDB_DISABLED": "TRUE", "WANDB_MODE": "online"}, "disabled", None),
+        ({"WANDB_PROJECT": "mine", "WANDB_API_KEY": KEY, "WANDB_DISABLED": "false"}, "online", 15),
+    ],
+)
+def test_mode(monkeypatch, own_wandb, variables, mode, seconds):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found, settings = track.wandb_settings()
+    assert (found, settings.get("init_timeout")) == (mode, seconds), "a network that is down costs little"
+    assert settings.get("project", "") in (variables.get("WANDB_PROJECT", "llmprod"), "")
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "of"), ("WANDB_PROJECT", "team/x")])
+def test_a_variable_that_wandb_cannot_take_is_one_message(monkeypatch, own_wandb, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LLMProdError, match=f"W&B can't take your WANDB_ variables.*{value}.*WANDB_ENTITY") as error:
+        track.wandb_settings()
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def own_wandb(monkeypatch, tmp_path):
+    """No settings of the developer's or of another test."""
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("choice", ["WANDB_DISABLED=true", "WANDB_MODE=disabled"])
+def test_a_user_who_turned_wandb_off_has_no_run_of_it(monkeypatch, own_wandb, tmp_path, choice):
+    name, _, value = choice.partition("=")
+    for variable, text in {
+        "TRACKING": "on",
+        "WANDB_API_KEY": KEY,
+        "LLMPROD_RUN": str(tmp_path / "run"),
+        name: value,
+    }.items():
+        monkeypatch.setenv(variable, text)
+    run = track.start("01_data", {"seed": 0})
+    run.log({"loss": 1.0})
+    run.finish({}, {})
+    assert isinstance(run.wandb, track.Silent) and not (tmp_path / "run/work/wandb").exists()
+    assert list((tmp_path / "run/work/tensorboard").rglob("events*"))
+
+
+def test_styled_tables_show_texts_as_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMPROD_RUN", str(tmp_path))
+    track.start("01_data", {"seed": 0})
+    assert "<script" not in pd.DataFrame({"label": ["<script>alert(1)</script>"]}).style.to_html()
 
 
 def test_tracking_none_writes_nothing(tmp_path, monkeypatch, trap):
@@ -113,8 +191,16 @@ def test_a_misspelt_switch_is_an_error(monkeypatch, tmp_path):
         track.start("01_data", {"seed": 0})
 
 
-def test_sync_needs_a_key():
+def test_sync_needs_a_key_and_a_run_that_can_be_read(monkeypatch, tmp_path):
     with pytest.raises(LLMProdError, match="WANDB_API_KEY"):
+        track.sync()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    assert track.sync() == 0
+    (tmp_path / "offline-run-1").mkdir()
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # as if the upload failed
+    with pytest.raises(LLMProdError, match=r"could not upload .*offline-run-1.*make sync"):
         track.sync()
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 from sklearn.linear_model import LogisticRegression
 
-from llmprod import files, machine
+from llmprod import files, models
 from llmprod.customer_service import privacy, reply, retrieval, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 
@@ -218,7 +218,7 @@ class Assistant:
             "weight": self.index.weight,
             "found": self.found,
         }
-        with files.atomic(folder) as temporary:
+        with models.sealed(folder) as temporary:
             self.understanding.save(temporary / "intents", card)
             self.index.encoder.save(str(temporary / "encoder"), create_model_card=False)
             if self.ranker is not None:
@@ -232,11 +232,9 @@ class Assistant:
             raise SupportError(
                 f"{folder}: no assistant is saved here. Run notebook 11_customer_service, or give its bundle."
             )
-        settings = files.read_json(folder / "assistant.json")
-        device, _, _ = machine.device_and_precision("fp32")
-        local = {"device": str(device), "local_files_only": True}
-        encoder = SentenceTransformer(str(folder / "encoder"), **local)
-        ranker = CrossEncoder(str(folder / "ranker"), **local) if (folder / "ranker").is_dir() else None
+        settings = files.read_json(models.checked(folder) / "assistant.json")
+        encoder = retrieval.load_encoder(str(folder / "encoder"), 0)
+        ranker = retrieval.load_ranker(folder / "ranker") if (folder / "ranker").is_dir() else None
         passages = [Passage(**passage) for passage in settings["passages"]]
         index = retrieval.Index([passage.indexed for passage in passages], encoder, settings["weight"])
         return cls(
@@ -299,3 +297,20 @@ def logged(question: str, found: Reply) -> dict:
     row["slots"] = {name: privacy.mask(value) for name, value in found.slots.items()}
     row["text"] = privacy.mask(found.text)
     return row
+
+
+def answering(folder: Path) -> Callable[[Sequence[str]], dict]:
+    """A function from a customer's turns to the saved assistant's reply to the last: action, text, summary."""
+    assistant = Assistant.load(folder)
+
+    def answer(turns: Sequence[str]) -> dict:
+        dialogue = Dialogue(assistant)
+        for turn in turns:
+            said = dialogue.turn([turn])
+        return {
+            "action": said.action,
+            "text": said.text,
+            "summary": said.summary() if said.action == "hand over" else {},
+        }
+
+    return answer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from llmprod import LLMProdError, artifacts, data
+from llmprod import LLMProdError, artifacts, data, formats, tables
 from llmprod.extras import extra
 
 with extra("support"):
@@ -96,12 +96,14 @@ def load(
     intent_column: str = "intent",
     answer_column: str = "answer",
     seed: int = 0,
+    encoding: str = "utf-8",
 ) -> Desk:
     """The desk of a data set: `support-desk`, a registered table of labelled questions, or a file of one's own.
 
-    A file (.csv, .tsv, .jsonl, .parquet) has the columns `text`, `intent_column` (several intents apart by |; empty:
+    A file (see `formats.read`) has the columns `text`, `intent_column` (several intents apart by |; empty:
     out of scope) and, if there is one, `answer_column`; its best answer to an intent is the most frequent one.
-    `articles` is a folder of help articles, `dialogues` a .jsonl file of past ones (see `pairs_of`).
+    `articles` is a folder of help articles, `dialogues` a .jsonl file of past ones (see `pairs_of`); `encoding` is that
+    of the two files.
 
     Raises SupportError or DataError for what can't be used.
     """
@@ -112,13 +114,13 @@ def load(
         table = data.split(data.drop_duplicates(table)[0], seed=seed)
         desk = Desk(unmarked(table["text"], [[label] for label in table["label"]], table["split"]))
     else:
-        desk = own_table(Path(dataset).expanduser(), intent_column, answer_column, seed)
+        desk = own_table(dataset, intent_column, answer_column, seed, encoding)
     if len(desk.intents) < 2:
         raise SupportError(f"{dataset}: {len(desk.intents)} intent(s); a classifier needs at least two.")
     if articles:
         desk.passages = read_articles(Path(articles).expanduser())
     if dialogues:
-        desk.dialogues = data.read_table(Path(dialogues).expanduser(), "utf-8").to_dict("records")
+        desk.dialogues = formats.read(dialogues, encoding).to_dict("records")
     return desk
 
 
@@ -147,15 +149,15 @@ def support_desk() -> Desk:
     return Desk(questions, settings["answers"], settings["slots"], passages, dialogues, searches)
 
 
-def own_table(path: Path, intent_column: str, answer_column: str, seed: int) -> Desk:
+def own_table(path: str, intent_column: str, answer_column: str, seed: int, encoding: str) -> Desk:
     """A file of questions, split by `data.split` unless it has a column `split`."""
-    table = data.read_table(path, "utf-8")
-    data.require(table, ["text", intent_column], str(path), SupportError)
-    table["text"] = [data.normalise(str(text)) for text in table["text"].fillna("")]
+    table = formats.read(path, encoding)
+    tables.require(table, ["text", intent_column], path, SupportError)
+    for column in {"text", intent_column, answer_column, "split"} & set(table):
+        table[column] = tables.texts(table[column], f"{path}, column {column}").fillna("")
+    table["text"] = table["text"].map(data.normalise)
     table = table[table["text"] != ""].reset_index(drop=True)
-    intents = [
-        [name.strip() for name in str(value).split("|") if name.strip()] for value in table[intent_column].fillna("")
-    ]
+    intents = [[name.strip() for name in value.split("|") if name.strip()] for value in table[intent_column]]
     if "split" not in table:
         rows = pd.DataFrame(
             {"text": table.index, "label": [(some or [OUT_OF_SCOPE])[0] for some in intents], "split": "train"}
@@ -166,7 +168,7 @@ def own_table(path: Path, intent_column: str, answer_column: str, seed: int) -> 
         by = pd.DataFrame(
             {"intent": [some[0] if len(some) == 1 else "" for some in intents], "answer": table[answer_column]}
         )
-        by = by[(by["intent"] != "") & (by["answer"].fillna("").astype(str).str.strip() != "")]
+        by = by[(by["intent"] != "") & (by["answer"] != "")]
         answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
     return Desk(unmarked(table["text"], intents, table["split"]), answers)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprod import artifacts, machine, models
 from llmprod.customer_service.desk import SENTENCE_END, Passage
@@ -96,11 +96,9 @@ class Generator:
         folder = artifacts.fetch(name) if registered else models.model_folder(name)
         gguf = next((path.name for path in Path(folder).glob("*.gguf")), None)
         settings = {"gguf_file": gguf} if gguf else {}
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **settings)
+        model = models.read(AutoModelForCausalLM, folder, **settings)
+        tokenizer = models.read_tokenizer(folder, model.config.vocab_size, padding_side="left", **settings)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **settings, **({} if gguf else {"use_safetensors": True})
-        )
         return cls(model.to(device).eval(), tokenizer)
 
     def prompt(self, question: str, passages: Sequence[Passage]) -> str:

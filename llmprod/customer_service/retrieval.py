@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from sentence_transformers import (
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from transformers import PrinterCallback, Trainer
+from transformers import AutoModel, AutoModelForSequenceClassification, PrinterCallback, Trainer
 
 from llmprod import machine, models
 from llmprod.extras import extra
@@ -106,12 +107,33 @@ class Index:
         return np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
 
 
-def load_encoder(folder: str, max_length: int = 128) -> SentenceTransformer:
-    """A sentence encoder of a registered model or a folder; mean pooling, vectors of length 1."""
+def local() -> dict[str, object]:
+    """How the library reads a folder that `models.read` has checked: nothing from elsewhere, no code."""
     device, _, _ = machine.device_and_precision("fp32")
-    encoder = SentenceTransformer(str(models.model_folder(folder)), device=str(device))
-    encoder.max_seq_length = max_length
+    return {"device": str(device), "local_files_only": True, "trust_remote_code": False}
+
+
+def load_encoder(folder: str, max_length: int = 128) -> SentenceTransformer:
+    """A sentence encoder of a registered model or a folder; mean pooling, vectors of length 1. Raises ModelError.
+
+    It reads at most `max_length` tokens of a text; 0: as many as it was saved with.
+    """
+    place = models.model_folder(folder)
+    weights = models.read(AutoModel, place, "pooler.")
+    with models.reading(place):
+        encoder = SentenceTransformer(str(place), **local())
+        encoder[0].model = weights.to(encoder.device)  # those that were found to fit
+        encoder.max_seq_length = max_length or encoder.max_seq_length
     return encoder
+
+
+def load_ranker(folder: Path) -> CrossEncoder:
+    """A cross-encoder that was trained and saved. Raises ModelError."""
+    weights = models.read(AutoModelForSequenceClassification, folder)
+    with models.reading(folder):
+        ranker = CrossEncoder(str(folder), **local())
+        ranker[0].model = weights.to(ranker.device)
+    return ranker
 
 
 def embed(encoder: SentenceTransformer, texts: Sequence[str]) -> np.ndarray:
@@ -179,12 +201,12 @@ def train_cross_encoder(
 
     A pretrained encoder with a new output (Nogueira & Cho 2019), trained by binary cross-entropy.
     """
+    folder = models.model_folder(model)
+    models.read(AutoModel, folder, "pooler.")  # the library says nothing of weights that are missing
     machine.seed_everything(seed)
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it tells of the new head, with the path
-    device, _, _ = machine.device_and_precision("fp32")
-    folder = str(models.model_folder(model))
     ranker = CrossEncoder(
-        folder, num_labels=1, max_length=max_length, device=str(device), activation_fn=torch.nn.Identity()
+        str(folder), num_labels=1, max_length=max_length, activation_fn=torch.nn.Identity(), **local()
     )
     lighten(ranker.model.base_model)
     rows = Dataset.from_dict({"question": list(questions), "text": list(texts), "label": [float(v) for v in labels]})

@@ -96,17 +96,18 @@ class Understanding:
 
     def save(self, folder: Path, card: str) -> None:
         """Writes the classifier and what it was calibrated to."""
-        self.predictor.save(folder, card)
-        np.save(folder / "known.npy", self.known.astype(np.float16))
-        files.write_json(folder / "calibration.json", {"temperature": self.temperature, "second": self.second})
+        with models.sealed(folder) as temporary:
+            self.predictor.write(temporary, card)
+            np.save(temporary / "known.npy", self.known.astype(np.float16))
+            files.write_json(temporary / "calibration.json", {"temperature": self.temperature, "second": self.second})
 
     @classmethod
     def load(cls, folder: Path, precision: str = "auto") -> "Understanding":
         """Reads what `save` wrote."""
-        known = np.load(folder / "known.npy", allow_pickle=False).astype(np.float32)
-        return cls(
-            models.Predictor.load(folder, precision), known=known, **files.read_json(folder / "calibration.json")
-        )
+        predictor = models.Predictor.load(folder, precision)
+        with models.reading(folder):
+            known = np.load(folder / "known.npy", allow_pickle=False).astype(np.float32)
+            return cls(predictor, known=known, **files.read_json(folder / "calibration.json"))
 
 
 def confidence(probabilities: np.ndarray, likeness: np.ndarray) -> np.ndarray:

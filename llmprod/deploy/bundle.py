@@ -1,8 +1,7 @@
 """The bundle: one folder that holds all that is served, with a checksum of every file and texts with their answers."""
 
-import hashlib
 import json
-import shutil
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import softmax
 
-from llmprod import LLMProdError, files, machine
+from llmprod import LLMProdError, artifacts, files, machine
 from llmprod.models import ModelError, Predictor
 from llmprod.optimize import export
 
@@ -45,7 +44,7 @@ class Bundle:
     @cached_property
     def id(self) -> str:
         """The first digits of the manifest's sha256, and so a checksum over everything in the bundle."""
-        return file_sha256(self.folder / MANIFEST)[:12]
+        return artifacts.sha256(self.folder / MANIFEST)[:12]
 
     @property
     def labels(self) -> list[str]:
@@ -122,21 +121,15 @@ def write(
         "provenance": {"commit": machine.git_commit(), **(provenance or {})},
     }
     with files.atomic(folder) as temporary:
-        if isinstance(predictor.model, export.OnnxClassifier):
-            temporary.mkdir()
-            shutil.copy(predictor.model.file, temporary / export.ONNX)
-            predictor.model.config.save_pretrained(temporary)
-            predictor.tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        else:
-            predictor.save(temporary, card)
+        temporary.mkdir()
+        predictor.write(temporary, card)
         answers = Bundle(temporary, manifest, predictor).predict(list(frozen["text"]))
         kept = [
             {"text": text, "label": label, "answer": answer.label, "confidence": round(answer.confidence, 6)}
             for text, label, answer in zip(frozen["text"], frozen["label"], answers, strict=True)
         ]
         files.write_json(temporary / FROZEN, kept)
-        files.write_json(temporary / MANIFEST, manifest | {"files": checksums(temporary)})
+        files.write_json(temporary / MANIFEST, manifest | {"files": artifacts.checksums(temporary, (MANIFEST,))})
     return load(folder)
 
 
@@ -146,36 +139,28 @@ def load(folder: str | Path) -> Bundle:
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. 05_deploy writes one.")
     manifest = files.read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else "none"
+    if found != FORMAT:
         raise BundleError(
-            f"{folder} has the format {manifest.get('format')}, and this version reads {FORMAT}: "
+            f"{folder} has the format {found}, and this version reads {FORMAT}: "
             "write it again, or install the version that wrote it."
         )
-    if changed := differing(manifest["files"], checksums(folder)):
-        raise BundleError(f"{folder} was changed since it was written: {', '.join(changed)}. Write or copy it again.")
-    return Bundle(folder, manifest, predictor_of(folder))
+    try:
+        if changed := artifacts.differing(manifest["files"], artifacts.checksums(folder, (MANIFEST,))):
+            raise BundleError(f"{folder} was changed since it was written: {changed}. Write or copy it again.")
+        predictor = predictor_of(folder)
+        fits = manifest["labels"] == predictor.labels and 0 <= manifest["threshold"] < 2 and manifest["max_length"] > 0
+        fits = fits and 0 < manifest["temperature"] < math.inf
+    except (AttributeError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise BundleError(f"{folder / MANIFEST} does not fit the model beside it. Write or copy the bundle again.")
+    return Bundle(folder, manifest, predictor)
 
 
 def predictor_of(folder: Path) -> Predictor:
     """The bundle's model and tokenizer. Raises BundleError for what can't be loaded."""
     try:
         return export.load(folder) if (folder / export.ONNX).exists() else Predictor.load(folder)
-    except (ModelError, OSError, ValueError) as error:
+    except ModelError as error:
         raise BundleError(f"The model in {folder} can't be loaded: {error}") from error
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """The sha256 of every file in a bundle but the manifest."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in found}
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def differing(said: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The names whose checksums differ, or that only one of the two has."""
-    return sorted(name for name in {*said, *found} if said.get(name) != found.get(name))

@@ -1,7 +1,7 @@
 """Explanations: token attributions and their faithfulness."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,7 @@ def attribute(predictor: Predictor, text: str, target: int, steps: int = 32) -> 
 
 def coloured(tokens: Sequence[str], scores: np.ndarray) -> str:
     """The text as HTML: blue tokens speak for the class, orange ones against it, white ones do not matter."""
-    largest = np.abs(scores).max() or 1.0
+    largest = np.abs(scores).max(initial=0) or 1.0
     parts = []
     for token, score in zip(tokens, scores, strict=True):
         colour = "11,110,153" if score > 0 else "224,122,31"
@@ -79,3 +79,45 @@ def faithfulness(
     probabilities = softmax(logits.astype(float), axis=1)
     full, removed, kept = (p[np.arange(len(targets)), targets] for p in np.split(probabilities, 3))
     return full - removed, full - kept
+
+
+def strongest_words(
+    tokens: Sequence[Sequence[str]], attributions: Sequence[np.ndarray], targets: Sequence[int], count: int = 5
+) -> dict[int, list[str]]:
+    """For each class explained the `count` words that speak most for it; no entry where its texts have no word.
+
+    A word has more than two letters, or, where a class has none of those (as in Chinese), any.
+    """
+    found: dict[int, list[tuple[float, str]]] = {}
+    for words, values, target in zip(tokens, attributions, targets, strict=True):
+        said = [(float(value), word) for value, word in zip(values, words, strict=True) if word.isalpha()]
+        found.setdefault(int(target), []).extend(said)
+    strongest = {}
+    for target, said in found.items():
+        long = [(value, word) for value, word in said if len(word) > 2]
+        if said:
+            strongest[target] = list(dict.fromkeys(word for _, word in sorted(long or said, reverse=True)))[:count]
+    return strongest
+
+
+def counterfactuals(
+    tokens: Sequence[Sequence[str]],
+    rankings: Sequence[np.ndarray],
+    targets: Sequence[int],
+    strongest: Mapping[int, Sequence[str]],
+) -> tuple[list[list[str]], list[int]]:
+    """Each text once for every other class, its first fifth by ranking (or more) replaced by that class's words.
+
+    `strongest` are the words of each class, as `strongest_words` finds them. Returns the tokens of the edited texts and
+    the classes that they should now belong to.
+    """
+    edited, wanted = [], []
+    for words, ranking, target in zip(tokens, rankings, targets, strict=True):
+        for other in (k for k in strongest if k != target):
+            places = np.argsort(-ranking, kind="stable")[: max(len(strongest[other]), len(words) // 5)]
+            swapped = list(words)
+            for turn, place in enumerate(places):
+                swapped[place] = strongest[other][turn % len(strongest[other])]
+            edited.append(swapped)
+            wanted.append(other)
+    return edited, wanted

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from llmprod import files, machine, models
+from llmprod import machine, models
 from llmprod.financial_sentiment.entities import TAGS, WORD, Annotated, Entity, EntityError, entities_of, tags_of
 from llmprod.finetune import loop
 from llmprod.finetune.trainer import TokenBudget
@@ -56,12 +55,12 @@ class Recognizer:
     @classmethod
     def load(cls, folder: Path, precision: str = "auto") -> "Recognizer":
         """Reads what `save` wrote."""
-        model = AutoModelForTokenClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(folder), precision)
+        model = models.read(AutoModelForTokenClassification, folder)
+        return cls(model, models.read_tokenizer(folder, model.config.vocab_size), precision)
 
     def save(self, folder: Path, card: str) -> None:
-        """Writes model (safetensors), tokenizer and model card into a folder, atomically."""
-        with files.atomic(folder) as temporary:
+        """Writes model (safetensors), tokenizer, model card and manifest into a folder, atomically."""
+        with models.sealed(folder) as temporary:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -119,10 +118,9 @@ def train(
     machine.seed_everything(seed)
     folder, changes = models.model_folder(model), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     changes |= {"id2label": dict(enumerate(TAGS)), "label2id": {tag: k for k, tag in enumerate(TAGS)}}
-    changes |= {"use_safetensors": True, "dtype": torch.float32}
-    classifier = AutoModelForTokenClassification.from_pretrained(folder, **changes).to(device)
+    classifier = models.read(AutoModelForTokenClassification, folder, "classifier.", **changes).to(device)
     classifier.base_model.embeddings.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=max_length)
+    tokenizer = models.read_tokenizer(folder, classifier.config.vocab_size, model_max_length=max_length)
     words, tags, random = [], [], np.random.default_rng(seed)
     for text, entities in sentences:
         places = [word.span() for word in WORD.finditer(text)]

@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from llmprod import LLMProdError, artifacts, data, files
+from llmprod import LLMProdError, artifacts, data, files, tables
 from llmprod.evaluate import metrics
 
 CLASSES = ("negative", "neutral", "positive")
@@ -28,17 +28,22 @@ class SentimentError(LLMProdError):
 
 
 def load(
-    dataset: str = "sentiment-human", part: str = "", text_column: str = "text", label_column: str = "label"
+    dataset: str = "sentiment-human",
+    part: str = "",
+    text_column: str = "text",
+    label_column: str = "label",
+    encoding: str = "utf-8",
 ) -> pd.DataFrame:
     """A frame of texts: text, rating (a number around 0), sentiment (0 negative, 1 neutral, 2 positive), group.
 
     Class names get the ratings -1, 0 and 1; `group` is the article of a sentence, where it is known.
 
     Args:
-        dataset: `sentiment-human`, `financial-phrasebank`, or a file (.csv, .tsv, .jsonl, .parquet)
+        dataset: `sentiment-human`, `financial-phrasebank`, or a file (see `formats.read`)
         part: a domain of sentiment-human (nyt by default, tweets, amazon, movies), or the share of annotators of
             financial-phrasebank that had to agree (50Agree by default, 66Agree, 75Agree, AllAgree)
         text_column, label_column: of a file; labels are numbers (ratings around 0) or negative, neutral, positive
+        encoding: of a file
 
     Raises SentimentError, or data.DataError, for a file that can't be used.
     """
@@ -51,12 +56,20 @@ def load(
         rows = [line.rpartition("@") for line in file.read_text(encoding="latin-1").splitlines()]
         frame = pd.DataFrame({"text": [row[0] for row in rows], "label": [row[2] for row in rows]})
     else:
-        frame = data.load(dataset, text_column, label_column)
-    words = {name: k - 1 for k, name in enumerate(CLASSES)}
-    rating = pd.to_numeric(frame["label"].map(lambda label: words.get(str(label).lower(), label)), errors="coerce")
-    if rating.isna().any():
+        frame = data.load(dataset, text_column, label_column, encoding=encoding)
+    for column in ("text", "label"):
+        if (lacking := frame[column].isna()).any():
+            raise SentimentError(f"{dataset}: row {lacking.argmax() + 1} has no {column}; fill it in or take it out.")
+    words = {name: str(k - 1) for k, name in enumerate(CLASSES)}
+    labels = frame["label"].str.lower()
+    try:
+        rating = tables.numbers(labels.map(lambda label: words.get(label, label)), dataset)
+    except data.DataError as error:
+        raise SentimentError(f"{error} Ratings are numbers around 0, or {', '.join(CLASSES)}.") from error
+    if rating.min() >= 0 and not labels.isin(CLASSES).any():
         raise SentimentError(
-            f"{dataset}: '{frame['label'][rating.isna()].iloc[0]}' is not a sentiment; use numbers around 0, or "
+            f"{dataset}: the ratings go from {rating.min():g} to {rating.max():g}, and should lie around 0, those of "
+            "negative texts below it. Subtract what is neutral (3 where they go from 1 to 5), or write "
             f"{', '.join(CLASSES)}."
         )
     frame = frame.assign(rating=rating.astype(float), sentiment=to_class(rating), group=np.arange(len(frame)))

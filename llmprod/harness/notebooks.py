@@ -23,16 +23,17 @@ def colab(notebook: str) -> str:
 
 
 SETUP = """\
-# Installs llmprod where it is missing (Colab) and does nothing where it is installed.
+# Installs llmprod, and what was tested with it, where it is missing (Colab); does nothing where it is installed.
 import importlib.util
 import os
 import subprocess
 import sys
 
 if importlib.util.find_spec("llmprod") is None:
-    _pinned = "llmprod{extra} @ git+{repository}@{commit}"
-    _source = os.environ.get("LLMPROD_INSTALL", _pinned)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", _source], check=True)"""
+    _source = os.environ.get("LLMPROD_INSTALL", "llmprod{extra} @ git+{repository}@{commit}")
+    _place, _, _commit = _source.partition("git+")[2].rpartition("@")
+    _pins = ["-c", f"{{_place}}/raw/{{_commit}}/constraints.txt"] if _commit else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", _source, *_pins], check=True)"""
 
 
 def setup_cell(notebook: str, commit: str) -> str:

@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import json
-import shlex
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +19,24 @@ from llmprod import LLMProdError, artifacts, machine, paths
 
 def pipeline() -> dict[str, dict]:
     """The notebooks in their order, with what each needs, as `notebooks/pipeline.yaml` lists them."""
-    return yaml.safe_load((paths.NOTEBOOKS / "pipeline.yaml").read_text(encoding="utf-8"))
+    return mapping(paths.NOTEBOOKS / "pipeline.yaml")
+
+
+def mapping(path: Path) -> dict[str, dict]:
+    """The content of a YAML file that maps names to mappings. Raises LLMProdError, with the place, if it does not."""
+    return parsed(path, path.read_bytes())
+
+
+@cache
+def parsed(path: Path, content: bytes) -> dict[str, dict]:
+    """The content of `mapping`, parsed once: every row of a study asks for it."""
+    try:
+        found = yaml.safe_load(content) or {}
+    except yaml.YAMLError as error:
+        raise LLMProdError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        raise LLMProdError(f"{path} must hold names, each with a mapping, such as 02_finetune: {{epochs: 1}}.")
+    return found
 
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -25,58 +44,110 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # Parameters
 
 
+LARGEST = 2**63 - 1
+SHARES = (
+    "validation_share", "test_share", "near_duplicate_threshold", "planted_errors", "warmup", "dropout", "augment",
+    "label_smoothing", "least_agreement", "precision_wanted", "corrects", "complains", "mistakes", "baseline",
+)  # fmt: skip
+COUNTS = ("max_length", "epochs", "batch_tokens", "resamples", "trials", "k")
+RANGES = dict.fromkeys(SHARES, (0, 1)) | dict.fromkeys(COUNTS, (1, LARGEST)) | {"seed": (0, 2**32 - 1)}  # else from 0
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list of texts"}
+WORD = re.compile(r"""\s*(\w+)=("[^"]*"|'[^']*'|[^\s"']\S*|)(?=\s|$)""")
+
+
 @cache
 def declared(notebook: str) -> dict[str, object]:
-    """The parameters of a notebook and their defaults (its profile `cpu`)."""
+    """The parameters of a notebook and their defaults (its profile `cpu`). Raises LLMProdError if they aren't plain."""
     cells = [c for c in read(notebook).cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise LLMProdError(f"{notebook}.ipynb needs exactly one cell with the tag 'parameters' and has {len(cells)}.")
-    statements = ast.parse(cells[0].source).body
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in statements if isinstance(s, ast.Assign)}
+    try:
+        return {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(cells[0].source).body}
+    except (ValueError, SyntaxError, AttributeError):
+        raise LLMProdError(
+            f"{notebook}.ipynb: its cell 'parameters' may hold only names with plain values: epochs = 2."
+        ) from None
 
 
 def read(notebook: str) -> nbformat.NotebookNode:
-    """A notebook, from its file. Raises LLMProdError, with the known names, for an unknown one."""
-    path = paths.NOTEBOOKS / f"{notebook}.ipynb"
-    if not path.is_file():
+    """A notebook, from its file. Raises LLMProdError, with the known names, for an unknown one, or if it is damaged."""
+    if notebook not in pipeline():
         raise LLMProdError(f"There is no notebook '{notebook}'; there are: {', '.join(pipeline())}.")
-    return nbformat.read(path, as_version=4)
+    path = paths.NOTEBOOKS / f"{notebook}.ipynb"
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, OSError, nbformat.ValidationError) as error:
+        raise LLMProdError(f"{path} can't be read as a notebook ({type(error).__name__}).") from None
 
 
 def profile(name: str) -> dict[str, dict]:
     """The parameters that a profile overrides: notebook -> name -> value. Raises LLMProdError for an unknown one."""
-    path = paths.PROFILES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise LLMProdError(f"There is no profile '{name}'; there are: {known}.")
-    overrides = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    for notebook, values in overrides.items():
+    files = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
+    if name not in files:
+        raise LLMProdError(f"There is no profile '{name}'; there are: {', '.join(files)}.")
+    overrides = {}
+    for notebook, values in mapping(files[name]).items():
         if unknown := sorted(set(values) - set(declared(notebook))):
-            raise LLMProdError(f"{path.name}: {notebook} has no parameter {', '.join(unknown)}.")
+            raise LLMProdError(f"{name}.yaml: {notebook} has no parameter {', '.join(unknown)}.")
+        overrides[notebook] = converted(values, declared(notebook), f"{name}.yaml: {notebook}")
     return overrides
 
 
-def parse_parameters(text: str) -> dict[str, object]:
-    """`"epochs=2 seed=1"` as a dict; values are read as YAML, so that numbers are numbers.
+def converted(values: Mapping[str, object], defaults: Mapping[str, object], where: str) -> dict[str, object]:
+    """Values in the kind of their defaults: a text stays the text it is, 3e-4 is a number.
 
-    YAML reads 3e-4 as a text, so the value of a parameter whose default has a decimal point is read as a number.
+    Raises LLMProdError, which says where it was set, for a value of another kind or outside of its range.
     """
-    parsed, defaults = {}, {name: value for notebook in pipeline() for name, value in declared(notebook).items()}
-    for word in shlex.split(text):
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise LLMProdError(f"PARAMS holds '{word}'; write name=value, for example PARAMS=\"epochs=2 seed=1\".")
-        try:
-            parsed[name] = float(value) if isinstance(defaults.get(name), float) else yaml.safe_load(value)
-        except ValueError:
+    return {name: convert(name, value, defaults[name], where) for name, value in values.items()}
+
+
+def convert(name: str, value: object, default: object, where: str) -> object:
+    """One value of `converted`."""
+    kind = list if isinstance(default, tuple) else type(default)
+    low, high = RANGES.get(name, (0, LARGEST))
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind in (int, float):
+            number = Decimal(str(value))  # exact, and 1e999999999 takes no memory
+            if low <= number <= high and (kind is float or number == int(number)):
+                return kind(number)
+        elif kind is list:
+            texts = yaml.safe_load(value) if isinstance(value, str) else list(value)
+            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+                return texts
+        elif isinstance(value, str):
+            value.encode()  # a name that isn't UTF-8 could be written into no notebook
+            return value
+    except (ValueError, TypeError, KeyError, ArithmeticError, yaml.YAMLError):
+        pass
+    limits = "" if kind not in (int, float) else f" from {low} to {high}" if high < LARGEST else f" of at least {low}"
+    raise LLMProdError(f"{where}: {name} is {value!r}; it takes {KINDS[kind]}{limits}, such as {default!r}.")
+
+
+def parse_parameters(text: str, notebooks: Iterable[str]) -> dict[str, object]:
+    """`"epochs=2 dataset='my file.csv'"` as a dict, in the kinds that the notebooks of the run declare.
+
+    Raises LLMProdError for what is not name=value, for a name that none of the notebooks declares, and for a name that
+    is there twice.
+    """
+    found, position, text = {}, 0, text.strip()
+    defaults = {name: value for notebook in notebooks for name, value in declared(notebook).items()}
+    while position < len(text):
+        if not (word := WORD.match(text, position)):
             raise LLMProdError(
-                f"PARAMS: {name} is '{value}', which is not a number; {defaults[name]} is one."
-            ) from None
-    if unknown := sorted(set(parsed) - set(defaults)):
-        raise LLMProdError(
-            f"No notebook has a parameter {', '.join(unknown)}; there are: {', '.join(sorted(defaults))}."
-        )
-    return parsed
+                f"PARAMS: {text[position:].split()[0]!r} is not name=value, or a quote in it is not closed; write for "
+                "example PARAMS=\"epochs=2 dataset='my file.csv'\"."
+            )
+        name, value = word.groups()
+        if name not in defaults:
+            known = ", ".join(sorted(defaults))
+            raise LLMProdError(f"PARAMS: no notebook of this run has a parameter {name}; there are: {known}.")
+        if name in found:
+            raise LLMProdError(f"PARAMS: {name} is set twice.")
+        found[name] = value[1:-1] if value[:1] in ("'", '"') else value
+        position = word.end()
+    return converted(found, defaults, "PARAMS")
 
 
 # Fingerprints
@@ -192,7 +263,7 @@ def part_of(module: str, function: str) -> ast.Module:
 
 def source_hash(notebook: str) -> str:
     """A fingerprint of a notebook's code."""
-    return hashlib.sha256("\n".join(code_of(read(notebook))).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(code_of(read(notebook))).encode()).hexdigest()
 
 
 def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, dict]:
@@ -220,10 +291,11 @@ def fingerprint(notebook: str, injected: Mapping[str, dict]) -> str:
 
 def is_input(value: str) -> bool:
     """Whether a parameter's value names an artifact or an existing file or folder."""
-    return value in artifacts.registry() or (bool(value) and Path(value).expanduser().exists())
+    return value in artifacts.registry() or os.path.exists(os.path.expanduser(value))
 
 
 def with_upstream(notebook: str) -> list[str]:
-    """A notebook, preceded by all those that it needs."""
+    """A notebook, preceded by all those that it needs. Raises LLMProdError for an unknown one."""
+    read(notebook)
     needed = [name for upstream in pipeline()[notebook]["needs"] for name in with_upstream(upstream)]
     return [*dict.fromkeys(needed), notebook]

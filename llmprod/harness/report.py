@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+from html import escape
 from pathlib import Path
 from string import Template
 
@@ -10,10 +11,10 @@ import pandas as pd
 import yaml
 
 from llmprod import paths
-from llmprod.harness import study
+from llmprod.harness import runner, study
 from llmprod.harness.notebooks import colab, repository
 from llmprod.harness.pipeline import pipeline
-from llmprod.harness.results import markdown, reference, results, spread, tally, verify
+from llmprod.harness.results import markdown, notes, reference, results, spread, tally, verify
 
 # Pages
 
@@ -26,7 +27,7 @@ def build(folder: Path) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
     body = mistune.create_markdown(plugins=["table"])(text.replace(".ipynb)", ".html)"))
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    html = template.substitute(title=f"llmprod: {folder.name}", body=body)
+    html = template.substitute(title=f"llmprod: {escape(folder.name)}", body=body, policy=runner.POLICY)
     (folder / "index.html").write_text(html, encoding="utf-8")
 
 
@@ -45,7 +46,8 @@ def page(folder: Path) -> str:
     parts = [
         f"# Report of the run `{folder.name}`",
         f"**Verdict: {tally(table) or 'nothing was recorded'}.**",
-        markdown(table),
+        *notes(folder),
+        markdown(table.map(plain)),
     ]
     parts.append(
         "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
@@ -57,12 +59,17 @@ def page(folder: Path) -> str:
         if stamp:
             parts.append(
                 f"{stamp['minutes']:.1f} minutes on {stamp['machine']}; commit `{stamp['commit']}`, "
-                f"source `{stamp['source']}`, {', '.join(f'{k} {v}' for k, v in stamp['versions'].items())}."
+                f"source `{stamp['source'][:12]}`, {', '.join(f'{k} {v}' for k, v in stamp['versions'].items())}."
             )
         parts += [f"![{p.stem}](figures/{p.name})" for p in sorted((folder / "figures").glob(f"{notebook}-*.png"))]
         speeds = pd.DataFrame(result["speeds"].items(), columns=["measured on this machine", "value"])
-        parts.append(markdown(speeds.assign(value=[f"{value:,.6g}" for value in speeds["value"]])))
+        parts.append(markdown(speeds.assign(value=[f"{value:,.6g}" for value in speeds["value"]]).map(plain)))
     return "\n\n".join(parts) + "\n"
+
+
+def plain(text: str) -> str:
+    """A text for a cell of a Markdown table, in which nothing of it is markup: it may come from the data."""
+    return re.sub(r"([\\`*_\[\]<>|!&~$])", r"\\\1", " ".join(text.split()))
 
 
 # Generated blocks of the READMEs and docs/ARCHITECTURE.md

@@ -4,6 +4,7 @@ A result is never apart from its protocol: all parameters but the seed, the chec
 protocols of the notebooks it builds on. A verdict compares only what has the same protocol.
 """
 
+import hashlib
 import math
 import statistics
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ import yaml
 from llmprod import LLMProdError, machine, paths
 from llmprod.files import read_json, write_json
 from llmprod.harness import track
-from llmprod.harness.pipeline import pipeline, with_upstream
+from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
+EDITED = "EDITED"
 
 
 def record(
@@ -62,19 +64,68 @@ def record(
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """All results in a run's folder: notebook -> result."""
-    return {path.stem: read_json(path) for path in sorted((folder / "results").glob("*.json"))}
+    """The results in a run's folder that the runner finished and that nobody changed since: notebook -> result."""
+    sound = [name for name in pipeline() if stamp_of(folder, name) and not edited(folder, name)]
+    return {name: read_json(folder / "results" / f"{name}.json") for name in sound}
+
+
+def stamp_of(folder: Path, notebook: str) -> dict[str, object]:
+    """What the runner wrote when a notebook was done: `fingerprint` and `seal`; {} where that is not to be had."""
+    if not all((folder / name).is_file() for name in sealed(notebook)):
+        return {}
+    try:
+        stamp = read_json(folder / "work" / notebook / "done.json")
+    except LLMProdError:
+        return {}
+    return stamp if isinstance(stamp, dict) and isinstance(stamp.get("seal"), dict) else {}
+
+
+def sealed(notebook: str) -> list[str]:
+    """The files of a run's folder that nobody may change after the run: a notebook's result and its executed copy."""
+    return [f"results/{notebook}.json", f"{notebook}.ipynb"]
+
+
+def seal(folder: Path, notebook: str) -> dict[str, str]:
+    """The sha256 of each of the files of `sealed`."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sealed(notebook)}
+
+
+def edited(folder: Path, notebook: str) -> list[str]:
+    """Which of the files of `sealed` are not as the runner left them; none where the notebook was not finished."""
+    stamp = stamp_of(folder, notebook)
+    return (
+        [name for name, digest in seal(folder, notebook).items() if stamp["seal"].get(name) != digest] if stamp else []
+    )
 
 
 # Reference and verdict
 
 
 def reference(profile: str) -> dict:
-    """Our own results over seeds for a profile; for a run outside the profiles those of `cpu`; {} if there are none."""
+    """Our own results over seeds for a profile; for a run outside the profiles those of `cpu`; {} if there are none.
+
+    Raises LLMProdError where the file is damaged, or a mean or deviation does not follow from the values beside it.
+    """
     path = paths.REFERENCE / f"{profile}.json"
     if not path.exists() and not (paths.PROFILES / f"{profile}.yaml").exists():
         path = paths.REFERENCE / "cpu.json"
-    return read_json(path)["notebooks"] if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        notebooks = read_json(path)["notebooks"]
+        metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
+        wrong = [key for key, m in metrics.items() for k, v in moments(m["value"]).items() if not math.isclose(m[k], v)]
+    except (LLMProdError, LookupError, TypeError, AttributeError, statistics.StatisticsError) as error:
+        wrong = [error]
+    if wrong:
+        raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): take the committed one, or `make reference`.")
+    return notebooks
+
+
+def moments(values: Mapping[str, float]) -> dict[str, float]:
+    """Mean, standard deviation and number of the values by seed."""
+    sd = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values.values()), "sd": sd, "runs": len(values)}
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -90,10 +141,8 @@ def summarise(runs: list[dict]) -> dict:
             )
     metrics = {}
     for name, metric in runs[0]["metrics"].items():
-        values = [run["metrics"][name]["value"] for run in runs]
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
         by_seed = {str(run["seed"]): run["metrics"][name]["value"] for run in runs}
-        metrics[name] = metric | {"value": by_seed, "mean": statistics.mean(values), "sd": sd, "runs": len(values)}
+        metrics[name] = metric | {"value": by_seed} | moments(by_seed)
     speeds = {k: statistics.median(run["speeds"][k] for run in runs) for k in runs[0]["speeds"]}
     minutes = statistics.median(run["provenance"]["minutes"] for run in runs)
     return {
@@ -109,9 +158,13 @@ def tolerance(metric: Mapping[str, object]) -> float:
     """How far a new run may lie from the reference mean: max(3 sd sqrt(1 + 1/runs), one test example).
 
     The first term is the spread of one more draw around a mean of `runs` draws; the second is the least that a
-    score over n examples can change. A count has no second term.
+    score over n examples can change. A count has no second term. One run has no spread: of a share over n examples
+    three standard errors stand in for it.
     """
     spread = 3 * metric["sd"] * math.sqrt(1 + 1 / metric["runs"])
+    if metric["runs"] == 1 and "n" in metric:
+        share = min(max(metric["mean"], 0.0), 1.0)
+        spread = 3 * math.sqrt(share * (1 - share) / metric["n"])
     return max(spread, 1 / metric["n"] if "n" in metric else 0.0)
 
 
@@ -177,9 +230,44 @@ def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, 
     return {"verdict": REPRODUCED, "reason": ""}
 
 
-def verify(folder: Path, notebook: str = "") -> pd.DataFrame:
-    """The verdict table of a run's folder, over a notebook and those that it needs; by default over all."""
-    return verdict(results(folder), reference(folder.name), with_upstream(notebook) if notebook else list(pipeline()))
+def verify(folder: Path, notebooks: list[str] | None = None) -> pd.DataFrame:
+    """The verdict table of a run's folder, over the notebooks of the run; by default over all."""
+    notebooks = list(pipeline()) if notebooks is None else notebooks
+    table = verdict(results(folder), reference(folder.name), notebooks)
+    for notebook in notebooks:
+        if names := edited(folder, notebook):
+            reason = f"changed after the run: {', '.join(names)}; delete it and run again"
+            table.loc[table["notebook"] == notebook, ["yours", "verdict", "reason"]] = "", EDITED, reason
+    return table
+
+
+def fails(table: pd.DataFrame, parameters: Mapping[str, object]) -> bool:
+    """Whether a verdict table shows anything but reproduced results.
+
+    NOT COMPARABLE, which a missing reference is too, is no failure where the run set a parameter of the notebook, or of
+    one that it builds on: that was the aim. The seed is not part of the protocol, so it excuses nothing.
+    """
+    own = set(parameters) - {"seed"}
+    changed = [n for n in pipeline() if any(not own.isdisjoint(declared(m)) for m in with_upstream(n))]
+    excused = (table["verdict"] == NOT_COMPARABLE) & table["notebook"].isin(changed)
+    return bool((~excused & (table["verdict"] != REPRODUCED)).any())
+
+
+def notes(folder: Path, notebooks: list[str] | None = None) -> list[str]:
+    """What else to know of a run's results: other source than today's, uncommitted changes."""
+    stamps = {
+        name: result["provenance"] for name, result in results(folder).items() if name in (notebooks or pipeline())
+    }
+    other = [name for name, stamp in stamps.items() if stamp["source"] != source_hash(name)]
+    unclean = [name for name, stamp in stamps.items() if stamp["commit"].endswith("+") or stamp["commit"] == "none"]
+    found = {
+        "The notebook has changed since it ran": other,
+        "Measured with code that is in no commit": unclean,
+        "This checkout, the reference perhaps, differs from its commit": [
+            c for c in [machine.git_commit()] if c[-1] == "+"
+        ],
+    }
+    return [f"{what}: {', '.join(names)}." for what, names in found.items() if names]
 
 
 def tally(table: pd.DataFrame) -> str:
@@ -190,6 +278,11 @@ def tally(table: pd.DataFrame) -> str:
 def markdown(table: pd.DataFrame) -> str:
     """A frame as a Markdown table, with its cells unchanged."""
     return table.to_markdown(index=False, disable_numparse=True)
+
+
+def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose texts no spreadsheet takes for formulas: where one begins like it, an apostrophe stands before."""
+    return table.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v)
 
 
 def spread(metric: Mapping[str, object]) -> str:

@@ -10,30 +10,43 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock, Timeout
 
 from llmprod import LLMProdError, files, machine, paths
 from llmprod.harness import pipeline, results
 from llmprod.harness.pipeline import declared, fingerprint, settings, source_hash, with_upstream
 
+# what a web page of a run may load: its own styles and figures, nothing from elsewhere, no script
+POLICY = (
+    "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; font-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
+
 
 def is_up_to_date(notebook: str, injected: Mapping[str, dict], folder: Path) -> bool:
     """Whether a folder holds this notebook's results, and nothing that they depend on has changed since."""
-    stamp = folder / "work" / notebook / "done.json"
-    if not stamp.exists() or not (folder / "results" / f"{notebook}.json").exists():
-        return False
-    return files.read_json(stamp)["fingerprint"] == fingerprint(notebook, injected)
+    stamp = results.stamp_of(folder, notebook)
+    return bool(stamp) and stamp.get("fingerprint") == fingerprint(notebook, injected)
 
 
 def run(notebooks: list[str], profile_name: str, parameters: Mapping[str, object], folder: Path) -> bool:
-    """Runs notebooks in order, except those that are up to date. Returns whether any ran."""
+    """Runs notebooks in order, except those that are up to date. Returns whether any ran.
+
+    Raises LLMProdError while another process runs notebooks in the folder.
+    """
     injected, ran = settings(profile_name, parameters), False
-    for number, notebook in enumerate(notebooks, 1):
-        label = f"[{number}/{len(notebooks)}] {notebook}"
-        if is_up_to_date(notebook, injected, folder):
-            print(f"{label}: nothing has changed", flush=True)
-        else:
-            execute(notebook, injected, folder, label)
-            ran = True
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "work" / ".lock", timeout=0):  # free again when the process ends, however that happens
+            for number, notebook in enumerate(notebooks, 1):
+                label = f"[{number}/{len(notebooks)}] {notebook}"
+                if is_up_to_date(notebook, injected, folder):
+                    print(f"{label}: nothing has changed", flush=True)
+                else:
+                    execute(notebook, injected, folder, label)
+                    ran = True
+    except Timeout:
+        raise LLMProdError(f"Another process is running notebooks in {shown(folder)}: wait until it ends.") from None
     return ran
 
 
@@ -43,6 +56,7 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
     Raises LLMProdError if a cell fails; the executed copy with its traceback stays in the folder.
     """
     import papermill
+    from ipykernel.kernelspec import write_kernel_spec
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
@@ -53,8 +67,14 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
     try:
-        with environment(LLMPROD_RUN=str(folder)), tempfile.TemporaryDirectory(prefix="llmprod-") as sockets:
-            ipc = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+        with (
+            tempfile.TemporaryDirectory(prefix="llmprod-") as place,
+            environment(
+                LLMPROD_RUN=str(folder), JUPYTER_PATH=f"{place}{os.pathsep}{os.environ.get('JUPYTER_PATH', '')}"
+            ),
+        ):
+            write_kernel_spec(f"{place}/kernels/python3")  # starts this interpreter, whatever has that name elsewhere
+            ipc = {"transport": "ipc", "ip": f"{place}/socket"}
             papermill.execute_notebook(
                 paths.NOTEBOOKS / f"{notebook}.ipynb",
                 target,
@@ -91,7 +111,7 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
     tidy(target, provenance)
     files.write_json(result, recorded | {"provenance": provenance})
     to_html(target)
-    files.write_json(done, {"fingerprint": stamp})
+    files.write_json(done, {"fingerprint": stamp, "seal": results.seal(folder, notebook)})
 
 
 @contextlib.contextmanager
@@ -107,21 +127,53 @@ def environment(**variables: str):
 
 
 def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
-    """Removes this machine's paths and the clock times from an executed notebook, and adds the provenance."""
+    """Removes what an executed notebook should not carry, and adds the provenance.
+
+    That is this machine's paths and clock times, and whatever in outputs could run, or load something from elsewhere,
+    when the notebook is opened: a label or a text of the data may be HTML.
+    """
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
+    for name in ("papermill", "widgets"):
+        notebook.metadata.pop(name, None)
     notebook.metadata["llmprod"] = provenance or {}
     for cell in notebook.cells:
         for name in ("papermill", "execution"):
             cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            cell.outputs = harmless(cell.outputs)
     nbformat.write(notebook, path)
 
 
+def harmless(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """A cell's outputs without scripts, style sheets, widgets, and images from elsewhere."""
+    from nbconvert.preprocessors.sanitize import SanitizeHTML
+
+    def allowed(_: str, name: str, value: str) -> bool:
+        if name == "style":
+            return not re.search(r"url|[\\@]", value, re.IGNORECASE)
+        return name in ("class", "colspan", "href", "rowspan", "title")
+
+    cleaner = SanitizeHTML(attributes=allowed, strip=True, sanitized_output_types={"text/html"})
+    more = ["br", "caption", "div", "h1", "h2", "h3", "p", "pre", "span", "table", "tbody", "td", "th", "thead", "tr"]
+    cleaner.tags = [*cleaner.tags, *more]
+    cleaner.styles = [*cleaner.styles, "background", "padding"]
+    cleaner.safe_output_keys |= {"text/markdown"}  # made safe here: bleach would escape what is Markdown
+    for data in (output.data for output in outputs if "data" in output):
+        if "text/html" in data:  # bleach takes away the tags alone
+            data["text/html"] = re.sub(r"(?is)<(style|script)\b.*?</\1\s*>", "", data["text/html"])
+        if "text/markdown" in data:
+            text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", data["text/markdown"])
+            data["text/markdown"] = text.replace("![", "!\\[")
+    return cleaner.sanitize_code_outputs(outputs)
+
+
 def to_html(path: Path) -> None:
-    """Writes the web page of an executed notebook next to it."""
+    """Writes the web page of an executed notebook next to it; without scripts, so its formulas stay TeX."""
     from nbconvert import HTMLExporter
 
-    path.with_suffix(".html").write_text(HTMLExporter().from_filename(str(path))[0], encoding="utf-8")
+    page = re.sub(r"(?is)<script\b.*?</script\s*>", "", HTMLExporter().from_filename(str(path))[0])
+    policy = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    path.with_suffix(".html").write_text(page.replace("<head>", policy, 1), encoding="utf-8")
 
 
 def plain_text(text: str) -> str:
@@ -145,13 +197,18 @@ def ensure(notebook: str) -> Path:
 
 
 def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
-    """The folder of a run: `reports/<profile>`, or one of its own under `runs/` if parameters are set."""
+    """The folder of a run: `reports/<profile>`, or one of its own under `runs/` if parameters are set.
+
+    Raises LLMProdError for an unknown profile.
+    """
+    pipeline.profile(profile_name)
     if not parameters:
         return paths.REPORTS / profile_name
-    words = "-".join(f"{k}={v}" for k, v in sorted(parameters.items()))
-    name = re.sub(r"[^\w=.-]+", "_", f"{profile_name}-{words}")
-    digest = hashlib.sha256(words.encode()).hexdigest()[:6]
-    return paths.RUNS / (name if len(name) < 80 else f"{name[:70]}-{digest}")
+    words = f"{profile_name}-" + "-".join(f"{k}={v}" for k, v in sorted(parameters.items()))
+    name = re.sub(r"[^\w=.-]+", "_", words)
+    if name == words and len(name) < 80:
+        return paths.RUNS / name
+    return paths.RUNS / f"{name[:60]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"  # another text, another folder
 
 
 def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -> Path:
@@ -166,6 +223,8 @@ def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -
     for seed, folder in folders.items():
         print(f"seed {seed}", flush=True)
         run(notebooks, profile_name, {"seed": seed}, folder)
+        if changed := [name for notebook in notebooks for name in results.edited(folder, notebook)]:
+            raise LLMProdError(f"Changed after the run of seed {seed}: {', '.join(changed)}. Delete it and run again.")
     found = {seed: results.results(folder) for seed, folder in folders.items()}
     target = paths.REFERENCE / f"{profile_name}.json"
     summaries = {name: results.summarise([found[seed][name] for seed in seeds]) for name in notebooks}

@@ -15,11 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, artifacts, files, machine, paths
@@ -31,13 +29,7 @@ STALE = "† measured by code that has changed since; `python -m llmprod study -
 
 def declarations() -> dict[str, dict]:
     """The content of `notebooks/studies.yaml`: the studies by name, and `experiments`."""
-    return parsed((paths.NOTEBOOKS / "studies.yaml").read_text(encoding="utf-8"))
-
-
-@cache
-def parsed(text: str) -> dict[str, dict]:
-    """The content of a YAML text, read once: every row of a study asks for it."""
-    return yaml.safe_load(text)
+    return pipeline.mapping(paths.NOTEBOOKS / "studies.yaml")
 
 
 def declared() -> dict[str, dict]:
@@ -71,7 +63,7 @@ def grid(name: str) -> list[dict[str, object]]:
             raise LLMProdError(
                 f"studies.yaml: {name} sets {', '.join(unknown)}, which the experiment '{experiment}' does not declare."
             )
-        runs.append(parameters)
+        runs.append(pipeline.converted(parameters, defaults(parameters["experiment"]), f"studies.yaml: {name}"))
     return runs
 
 
@@ -102,22 +94,35 @@ def code(parameters: Mapping[str, object], fingerprint: str = "") -> str:
 
 
 def rows(name: str) -> list[dict]:
-    """The finished runs of a study, without a last line that was cut off when the study was killed."""
+    """The finished runs of a study, without a last line that was cut off when the study was killed.
+
+    Raises LLMProdError, with its number, for any other line that is not a row.
+    """
     path = FOLDER / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+            row = json.loads(line)
+            row["key"], row["parameters"]["experiment"], row["metrics"]
+            found.append(row)
+        except (ValueError, LookupError, TypeError):
+            if number < len(lines):
+                raise LLMProdError(
+                    f"{path}, line {number} is damaged: delete it, or take the committed file."
+                ) from None
     return found
 
 
 def stale(name: str) -> list[bool]:
     """For each finished run of a study, whether its code, defaults, data or model have changed since."""
-    found = rows(name)
-    today = {experiment: code_of(experiment) for experiment in {row["parameters"]["experiment"] for row in found}}
-    return [row["code"] != code(row["parameters"], today[row["parameters"]["experiment"]]) for row in found]
+    experiments, today, old = declarations()["experiments"], {}, []
+    for row in rows(name):
+        parameters, experiment = row["parameters"], row["parameters"]["experiment"]
+        if experiment in experiments and experiment not in today:
+            today[experiment] = code_of(experiment)
+        old.append(experiment not in today or row.get("code") != code(parameters, today[experiment]))
+    return old
 
 
 def run(name: str, again: bool = False, jobs: int = 1) -> int:

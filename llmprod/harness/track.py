@@ -1,7 +1,7 @@
 """Tracking: a notebook's run with its seed, versions and parameters, and the numbers, tables and figures it logs.
 
-Weights & Biases is offline unless `WANDB_API_KEY` is set, and TensorBoard gets the same numbers. `TRACKING=none`
-turns both off.
+Weights & Biases does what the user's `WANDB_MODE` or `WANDB_DISABLED` says; without them it is offline unless
+`WANDB_API_KEY` is set. TensorBoard gets the same numbers. `TRACKING=none` turns both off.
 """
 
 import os
@@ -48,33 +48,48 @@ class Run:
             self._open()
 
     def _open(self) -> None:
-        """Starts W&B, silent and offline unless there is a key, and TensorBoard."""
+        """Starts W&B, unless the user turned it off, and TensorBoard."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
+        if not os.access(Path.home(), os.W_OK):  # where W&B would put its logs and copies
+            for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+                os.environ.setdefault(name, str(self.folder / "work" / "wandb"))
         from torch.utils.tensorboard import SummaryWriter
 
+        mode, settings = wandb_settings()
+        if mode != "disabled":
+            self._open_wandb(mode, settings)
+        self.tensorboard = SummaryWriter(self.folder / "work" / "tensorboard" / self.notebook)
+
+    def _open_wandb(self, mode: str, settings: dict[str, object]) -> None:
+        """Starts W&B: silent while offline, and offline where it can't be reached."""
+        import wandb
+
         def begin(mode: str) -> wandb.Run:
-            quiet = {"silent": mode == "offline", "console": "off", "disable_git": True, "disable_code": True}
+            quiet = {
+                "silent": mode in ("offline", "dryrun"),
+                "console": "off",
+                "disable_git": True,
+                "disable_code": True,
+            }
             return wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "llmprod"),
                 name=f"{self.notebook}-{self.folder.name}-seed{self.seed}",
                 group=machine.git_commit(),
                 job_type=self.notebook,
                 config=self.parameters,
                 dir=self.folder / "work",
                 mode=mode,
-                settings=wandb.Settings(x_disable_stats=True, **quiet),
+                settings=wandb.Settings(x_disable_stats=True, x_disable_meta=True, **quiet, **settings),
             )
 
         try:
-            self.wandb = begin("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        except wandb.errors.CommError as error:
-            print(
-                f"W&B can't be reached ({str(error).splitlines()[0]}): this run stays offline, `make sync` uploads it."
-            )
+            self.wandb = begin(mode)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            if mode in ("offline", "dryrun"):
+                raise LLMProdError(f"W&B can't start ({reason}); WANDB_MODE=disabled does without it.") from None
+            print(f"W&B can't be reached ({reason}): this run stays offline, `make sync` uploads it.")
             self.wandb = begin("offline")
         self.kinds = wandb
-        self.tensorboard = SummaryWriter(self.folder / "work" / "tensorboard" / self.notebook)
 
     def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
         """Logs numbers at a step of training; by default the next one."""
@@ -87,6 +102,7 @@ class Run:
         """Saves a figure as `figures/<notebook>-<name>.png` and logs it."""
         path = self.folder / "figures" / f"{self.notebook}-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        machine.drawable(figure)
         figure.savefig(path, dpi=120, bbox_inches="tight")
         self.wandb.log({f"figures/{name}": self.kinds.Image(str(path))})
         self.tensorboard.add_figure(name, figure, close=False)
@@ -111,6 +127,27 @@ def python_value(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def wandb_settings() -> tuple[str, dict[str, object]]:
+    """W&B's mode, and further settings: the user's variables and settings decide, then whether there is a key.
+
+    Raises LLMProdError where they hold what W&B can't take.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled", {}
+    try:
+        own = wandb.setup().settings
+    except (ValueError, wandb.Error) as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines() if "pydantic" not in line)
+        raise LLMProdError(f"W&B can't take your WANDB_ variables ({reason}). A team's name is WANDB_ENTITY.") from None
+    settings = {"project": own.project or "llmprod"}
+    if "init_timeout" not in own.model_fields_set:
+        settings["init_timeout"] = 15  # seconds; W&B's own 90 would pass in each notebook
+    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return own.mode if "mode" in own.model_fields_set else mode, settings
+
+
 def start(notebook: str, cell: Mapping[str, object]) -> Run:
     """Begins a notebook's run: seeds everything, sets the threads, prints versions, device and precision.
 
@@ -131,7 +168,8 @@ def start(notebook: str, cell: Mapping[str, object]) -> Run:
 
 
 def style() -> None:
-    """Sets the style of all figures."""
+    """Sets the style of all figures, and lets styled tables show their texts as texts, not as HTML."""
+    pd.set_option("styler.format.escape", "html")
     plt.rcParams.update(
         {
             "figure.figsize": (7, 4),
@@ -142,6 +180,7 @@ def style() -> None:
             "grid.alpha": 0.3,
             "axes.prop_cycle": plt.cycler(color=["#0b6e99", "#e07a1f", "#4f9d4f", "#b5446e", "#6b5b95", "#7f7f7f"]),
             "legend.frameon": False,
+            "text.parse_math": False,  # a dollar in a label is a dollar
         }
     )
 
@@ -163,5 +202,6 @@ def sync() -> int:
         raise LLMProdError("WANDB_API_KEY is not set; set it to the key of the account to upload to.")
     folders = [f for top in (paths.REPORTS, paths.RUNS) for f in sorted(Path(top).rglob("offline-run-*")) if f.is_dir()]
     for folder in folders:
-        subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)], check=True)
+        if subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)]).returncode:
+            raise LLMProdError(f"W&B could not upload {folder} (see above); it is still there: run `make sync` again.")
     return len(folders)

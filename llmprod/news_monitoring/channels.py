@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import requests
 from tqdm.auto import tqdm
 
-from llmprod.news_monitoring.documents import NewsError
+from llmprod.news_monitoring.documents import NewsError, public
+from llmprod.news_monitoring.fetch import HELPER
+from llmprod.tables import shown
 
 
 class Console:
@@ -20,71 +21,111 @@ class Console:
     name = "console"
 
     def send(self, alert: dict) -> None:
-        """Prints an alert above the progress line."""
+        """Prints an alert above the progress line; what comes from documents without control characters."""
         tqdm.write(
-            f"ALERT {alert['id']}  {alert['key']}: {alert['share']:.0%} negative against {alert['baseline']:.0%} "
-            f"({alert['severity']:.1f} times), since {alert['count']} documents",
+            f"ALERT {alert['id']}  {shown(alert['key'], 100)}: {alert['share']:.0%} negative against "
+            f"{alert['baseline']:.0%} ({alert['severity']:.1f} times), since {alert['count']} documents",
             file=sys.stdout,
         )
         for document in alert["documents"][:3]:
-            tqdm.write(f"    {document['text'][:100]}", file=sys.stdout)
+            tqdm.write(f"    {shown(' '.join(document['text'][:1000].split()), 100)}", file=sys.stdout)
 
 
 class Log:
     """Alerts as lines of JSON in a file; one that is there already, from before a kill, is not written again."""
 
     def __init__(self, path: Path):
-        self.path, self.name = path, f"log {path}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.name, self.ids = path, f"log {path}", set()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                file.seek(0)
+                self.ids = {alert_id for line in file if (alert_id := _alert_id(line))}
+        except OSError as error:
+            raise NewsError(f"--alert {path}: it can't be written ({error.strerror}). Name another file.") from error
 
     def send(self, alert: dict) -> None:
         """Appends an alert; a line that a kill cut off is ended first."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if f'"id": "{alert["id"]}"'.encode() in content:
+        if alert["id"] in self.ids:
             return
-        start = b"\n" if content and not content.endswith(b"\n") else b""
-        with self.path.open("ab") as file:
+        with self.path.open("a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            start = b"\n" if file.read() not in (b"", b"\n") else b""
             file.write(start + json.dumps(alert, ensure_ascii=False).encode() + b"\n")
+        self.ids.add(alert["id"])
+
+
+def _alert_id(line: bytes) -> str:
+    """The id of the alert in a line; "" for a line that was cut off."""
+    try:
+        return str(json.loads(line)["id"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
 
 class Webhook:
-    """Alerts by POST, as JSON.
+    """Alerts by POST, as JSON; `name` has the public form of the address.
 
     `Idempotency-Key` is the alert's id: a delivery whose answer was lost is repeated, and the receiver can tell.
-    With `$LLMPROD_WEBHOOK_SECRET`, `X-Signature: sha256=…` is the HMAC of the body.
+    With `$LLMPROD_WEBHOOK_SECRET`, `X-Signature: sha256=…` is the HMAC of the body. Of the answer only the status is
+    read.
+
+    Args:
+        deadline: seconds for all tries of one alert
+        wait: seconds after the first one; twice as many after the next
     """
 
-    def __init__(self, url: str, tries: int = 3, wait: float = 0.5):
-        self.url, self.tries, self.wait, self.name = url, tries, wait, f"webhook {url.partition('?')[0]}"
+    def __init__(self, url: str, tries: int = 3, wait: float = 0.5, deadline: float = 10.0):
+        self.url, self.tries, self.wait, self.deadline, self.name = url, tries, wait, deadline, f"webhook {public(url)}"
 
     def send(self, alert: dict) -> None:
         """Posts an alert, a few times where the receiver fails. Raises NewsError where it never accepted it."""
-        body = json.dumps(alert, ensure_ascii=False).encode()
+        body = json.dumps(alert, ensure_ascii=False).encode("utf-8", "replace").decode()
         headers = {"Content-Type": "application/json", "Idempotency-Key": alert["id"]}
         if secret := os.environ.get("LLMPROD_WEBHOOK_SECRET"):
-            headers["X-Signature"] = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+            headers["X-Signature"] = "sha256=" + hmac.new(secret.encode(), body.encode(), hashlib.sha256).hexdigest()
+        request = {"url": self.url, "body": body, "headers": headers, "timeout": self.deadline}
+        ends, problem = time.monotonic() + self.deadline, ""
         for attempt in range(self.tries):
+            if (left := ends - time.monotonic()) <= 0:
+                break
             try:
-                answer = requests.post(self.url, data=body, headers=headers, timeout=10, allow_redirects=False)
-                if answer.status_code < 300:
-                    return
-                problem = f"it answered {answer.status_code}"
-            except requests.RequestException as error:
-                problem = type(error).__name__
-            time.sleep(self.wait * 2**attempt)
+                answer = HELPER.ask(request, left)
+            except TimeoutError:
+                answer = {"error": "no answer in time"}
+            if 200 <= answer.get("status", 0) < 300:
+                return
+            problem = f"it answered {answer['status']}" if "status" in answer else answer["error"]
+            time.sleep(min(self.wait * 2**attempt, max(0.0, ends - time.monotonic())))
+        problem = problem.replace(self.url, public(self.url))
         raise NewsError(f"{self.name} did not accept the alert {alert['id']} ({problem}); it is tried again later.")
 
 
 class Wandb:
-    """Alerts of Weights & Biases, on a run of its own; offline without `WANDB_API_KEY`."""
+    """Alerts of Weights & Biases, on a run of its own, which stores neither the command line nor what is printed.
+
+    `WANDB_MODE` and `WANDB_DISABLED` decide first; without them it is online where there is a `WANDB_API_KEY`.
+    Raises NewsError where W&B can't start.
+    """
 
     name = "wandb"
 
     def __init__(self) -> None:
         import wandb
 
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "llmprod"), job_type="monitor", mode=mode)
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            mode = "disabled"
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        quiet = {"console": "off", "disable_git": True, "disable_code": True}
+        quiet |= {"init_timeout": 15} if mode == "online" else {}  # seconds; its own 90 would keep the sources waiting
+        try:
+            settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, silent=mode == "offline", **quiet)
+            project = os.environ.get("WANDB_PROJECT", "llmprod")
+            self.run = wandb.init(project=project, job_type="monitor", mode=mode, settings=settings)
+        except (wandb.Error, ValueError, OSError) as error:
+            reason = shown(str(error).split("\n")[0], 200)
+            raise NewsError(f"--alert wandb: {reason}. WANDB_MODE=offline does without the network.") from None
 
     def send(self, alert: dict) -> None:
         """Sends an alert, with its first documents as text."""
@@ -99,5 +140,6 @@ def open_channel(word: str) -> Console | Log | Webhook | Wandb:
     if word.startswith(("http://", "https://")):
         return Webhook(word)
     if "://" in word or not word.endswith(".jsonl"):
+        word = public(word) if "://" in word else word
         raise NewsError(f"--alert {word}: use console, wandb, an http(s) address, or a file that ends in .jsonl.")
     return Log(Path(word))

@@ -4,9 +4,9 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from llmprod import data
 from llmprod.news_monitoring.documents import DAY, Clock, Document, NewsError
 
 APPLICATION, VERSION = 0x6C6C6D70, 2  # mark our files; tables or detector states that differ are another version
@@ -37,6 +36,10 @@ PRAGMA user_version = {VERSION};
 COMMIT;
 """
 
+UNDATED, ASIDE = 3, 4  # documents.fed: 0 waits, 1 was watched, 2 came too late, 3 waits without a time, 4 set aside
+HORIZON = 3 * DAY  # seconds of event time in which nearly the same text is a repeat
+SIGNATURES = 50_000  # that are compared, at most
+
 DAMAGED = "is damaged or not a journal. Restore it from a copy, or start one under another name; it was left as it was."
 
 FIXABLE = {  # SQLite's primary result codes
@@ -56,7 +59,10 @@ def _fixable(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if (words := FIXABLE.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF)) is None:
+        words = FIXABLE.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF)
+        if words is None and "decode" in str(error):  # a text that is not UTF-8
+            words = DAMAGED
+        if words is None:
             raise
         raise NewsError(f"{path} {words}") from error
 
@@ -78,11 +84,12 @@ class Journal:
         clock: seconds since 1970
 
     Raises NewsError, with a way out, for a file that is damaged, foreign or of another version, for a folder that
-    can't be written, and where another process holds the journal.
+    can't be written, and where another process holds the journal, also under another name. A number or a text that
+    was changed in place is not noticed: SQLite keeps no checksums.
     """
 
     def __init__(self, path: str | Path, shared: bool = False, clock: Clock = time.time) -> None:
-        self.path, self.clock = Path(path).expanduser(), clock
+        self.path, self.clock = Path(path).expanduser().resolve(), clock  # a link would be another lock
         self._lock = FileLock(f"{self.path}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +104,8 @@ class Journal:
                 "journal in another folder."
             ) from error
         try:
+            if self.path.is_file() and self.path.stat().st_nlink > 1:
+                raise NewsError(f"{self.path} has a second name (a hard link), and SQLite would damage it. Copy it.")
             with _fixable(self.path):
                 self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
                 self._prepare()
@@ -119,10 +128,25 @@ class Journal:
                 f"{self.path} is a journal of version {version}, and this llmprod writes {VERSION}. "
                 "Use the llmprod that wrote it, or start a journal under another name."
             )
-        elif self.db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+        elif self.db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok" or not self._can_be_read():
             raise NewsError(f"{self.path} {DAMAGED}")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
+
+    def _can_be_read(self) -> bool:
+        """Whether the tables are there, and what the next step and the alerts need is JSON."""
+        try:
+            for table, column in (("cursors", "cursor"), ("states", "state"), ("alerts", "alert")):
+                read = [json.loads(text) for (text,) in self.db.execute(f"SELECT {column} FROM {table}")]
+                if table != "states" and not all(isinstance(value, dict) for value in read):
+                    return False
+            for time, fed, scores in self.db.execute("SELECT time, fed, scores FROM documents WHERE fed <> 1"):
+                if not (isinstance(time, float) and isinstance(fed, int) and isinstance(json.loads(scores), dict)):
+                    return False
+            wrong = "SELECT count(*) FROM signatures WHERE typeof(time) <> 'real' OR length(signature) <> 256"
+            return not self.db.execute(wrong).fetchone()[0]
+        except (ValueError, TypeError, RecursionError, sqlite3.OperationalError):
+            return False
 
     def close(self) -> None:
         """Closes the file and lets others have it."""
@@ -144,6 +168,18 @@ class Journal:
             with self.db:
                 yield
 
+    def rows(self, query: str, parameters: tuple = ()) -> list[tuple]:
+        """What an SQL statement gives. Raises NewsError for what a user can fix, and where the file is damaged."""
+        with _fixable(self.path):
+            return self.db.execute(query, parameters).fetchall()
+
+    def _read(self, text: str) -> dict:
+        """JSON as it was stored. Raises NewsError for anything else."""
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise NewsError(f"{self.path} {DAMAGED}") from error
+
     def _inside(self) -> sqlite3.Connection:
         """The database, within a transaction: a fault of the program where there is none."""
         if not self.db.in_transaction:
@@ -154,45 +190,75 @@ class Journal:
 
     def cursor(self, source: str) -> dict:
         """Where a source stands; {} at the beginning."""
-        found = self.db.execute("SELECT cursor FROM cursors WHERE source = ?", (source,)).fetchone()
-        return json.loads(found[0]) if found else {}
+        found = self.rows("SELECT cursor FROM cursors WHERE source = ?", (source,))
+        return self._read(found[0][0]) if found else {}
 
     def set_cursor(self, source: str, cursor: dict) -> None:
         """Stores where a source stands."""
-        self.db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (source, _dump(cursor)))
+        self.rows("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (source, _dump(cursor)))
 
     def state(self, key: str, default: object = None) -> object:
         """What `set_state` stored."""
-        found = self.db.execute("SELECT state FROM states WHERE key = ?", (key,)).fetchone()
-        return json.loads(found[0]) if found else default
+        found = self.rows("SELECT state FROM states WHERE key = ?", (key,))
+        return self._read(found[0][0]) if found else default
 
     def set_state(self, key: str, value: object) -> None:
         """Stores what JSON can hold, as the state of a detector."""
-        self.db.execute("INSERT OR REPLACE INTO states VALUES (?, ?)", (key, _dump(value)))
+        self.rows("INSERT OR REPLACE INTO states VALUES (?, ?)", (key, _dump(value)))
 
     # Documents
 
-    def add(self, document: Document, scores: dict) -> None:
-        """Takes a document with its scores (numbers by name); one that is there already stays as it is."""
-        d = plausible(document, self.clock())
-        row = (d.id, d.source, d.time, d.text, d.title, d.link, _dump(scores))
-        self.db.execute("INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, 0)", row)
+    def add(self, document: Document, scores: dict | None, signature: bytes = b"") -> None:
+        """Takes a document with its scores (numbers by name); one that is there already stays as it is.
+
+        It is never watched where `scores` is None. `signature` is that of `new_documents`.
+        """
+        d, moment = document, dated(document, self.clock())
+        fed = ASIDE if scores is None else UNDATED if math.isnan(d.time) else 0
+        row = (d.id, d.source, moment, d.text, d.title, d.link, _dump(scores or {}), fed)
+        self.db.execute("INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        if signature:
+            self.db.execute("INSERT OR IGNORE INTO signatures VALUES (?, ?, ?)", (d.id, moment, signature))
+
+    def forget(self, keep: int, horizon: float = HORIZON) -> None:
+        """Clears the texts and scores of all but the last `keep` documents; their ids are known for ever.
+
+        Counted in the order of their coming, so that no date makes it forget; those that wait are kept. Alerts keep
+        their own documents. Signatures go that are `horizon` seconds of event time older than what was watched.
+        """
+        db, watermark = self._inside(), self.state("watermark", -1e12)
+        newest = "(SELECT max(rowid) FROM signatures)"
+        db.execute(f"DELETE FROM signatures WHERE time < ? OR rowid <= {newest} - ?", (watermark - horizon, SIGNATURES))
+        last = (db.execute("SELECT max(rowid) FROM documents").fetchone()[0] or 0) - keep
+        if last > (first := self.state("forgotten", 0)):
+            db.execute(
+                "UPDATE documents SET text = '', title = '', link = '', scores = '{}' "
+                "WHERE rowid > ? AND rowid <= ? AND fed IN (1, 2)",
+                (first, last),
+            )
+            self.set_state("forgotten", last)
 
     def document(self, name: str) -> dict:
         """A document by its id: its fields and scores in one dict."""
         query = f"SELECT {', '.join(FIELDS)}, scores FROM documents WHERE id = ?"
-        *row, scores = self.db.execute(query, (name,)).fetchone()
-        return dict(zip(FIELDS, row, strict=True)) | json.loads(scores)
+        ((*row, scores),) = self.rows(query, (name,))
+        return dict(zip(FIELDS, row, strict=True)) | self._read(scores)
 
     def recent(self, since: float = -np.inf) -> pd.DataFrame:
-        """Documents from an event time on, in its order: fields, scores (a dict), fed (0 waits, 1 fed, 2 late)."""
-        query = f"SELECT {', '.join(FIELDS)}, scores, fed FROM documents WHERE time >= ? ORDER BY time, id"
-        frame = pd.DataFrame(self.db.execute(query, (since,)).fetchall(), columns=[*FIELDS, "scores", "fed"])
-        return frame.assign(scores=[json.loads(scores) for scores in frame["scores"]])
+        """Documents from an event time on, in its order: fields, scores (a dict), fed (see `UNDATED`).
+
+        Without those that were set aside or forgotten.
+        """
+        query = (
+            f"SELECT {', '.join(FIELDS)}, scores, fed FROM documents WHERE time >= ? AND fed <> {ASIDE} AND text <> '' "
+            "ORDER BY time, id"
+        )
+        frame = pd.DataFrame(self.rows(query, (since,)), columns=[*FIELDS, "scores", "fed"])
+        return frame.assign(scores=[self._read(scores) for scores in frame["scores"]])
 
     def late(self) -> int:
         """How many documents came too late to be fed."""
-        return self.db.execute("SELECT count(*) FROM documents WHERE fed = 2").fetchone()[0]
+        return self.rows("SELECT count(*) FROM documents WHERE fed = 2")[0][0]
 
     # Alerts
 
@@ -203,20 +269,20 @@ class Journal:
         )
 
     def undelivered(self, channel: str) -> list[dict]:
-        """The alerts that a channel has not had, oldest first: their own fields, id and time.
+        """The first alerts that a channel has not had, oldest first: their own fields, id and time.
 
         Between sending and `delivered` a kill makes an alert come again, with the same id.
         """
-        rows = self.db.execute(
+        rows = self.rows(
             "SELECT id, time, alert FROM alerts WHERE id NOT IN (SELECT alert FROM deliveries WHERE channel = ?) "
-            "ORDER BY time, id",
+            "ORDER BY time, id LIMIT 100",
             (channel,),
         )
-        return [json.loads(alert) | {"id": name, "time": time} for name, time, alert in rows]
+        return [self._read(alert) | {"id": name, "time": time} for name, time, alert in rows]
 
     def delivered(self, alert_id: str, channel: str) -> None:
         """Notes that a channel has had an alert."""
-        self.db.execute("INSERT OR IGNORE INTO deliveries VALUES (?, ?)", (alert_id, channel))
+        self.rows("INSERT OR IGNORE INTO deliveries VALUES (?, ?)", (alert_id, channel))
 
     def acknowledge(self, alert_id: str, right: bool | None = None) -> None:
         """Notes that a person has seen an alert, and the person's word on it, if there is one.
@@ -230,8 +296,8 @@ class Journal:
 
     def alerts(self) -> pd.DataFrame:
         """All alerts, oldest first: id, time, acknowledged, right (None, True, False), and their own fields."""
-        rows = self.db.execute('SELECT id, time, acknowledged, "right", alert FROM alerts ORDER BY time, id').fetchall()
-        own = pd.DataFrame([json.loads(row[4]) for row in rows], index=range(len(rows)))
+        rows = self.rows('SELECT id, time, acknowledged, "right", alert FROM alerts ORDER BY time, id')
+        own = pd.DataFrame([self._read(row[4]) for row in rows], index=range(len(rows)))
         frame = pd.DataFrame({"id": [row[0] for row in rows], "time": [row[1] for row in rows]})
         frame["acknowledged"] = [bool(row[2]) for row in rows]
         frame["right"] = pd.Series([None if row[3] is None else bool(row[3]) for row in rows], dtype=object)
@@ -241,83 +307,40 @@ class Journal:
 FIELDS = tuple(field.name for field in fields(Document))
 
 
-def plausible(document: Document, now: float) -> Document:
-    """The document, which happened now if its date lies more than a day ahead: a watermark must not follow that."""
-    return document if document.time <= now + DAY else replace(document, time=now)
-
-
-# Duplicates
-
-PERMUTATIONS = 64
-
-
-def new_documents(
-    journal: Journal, documents: Sequence[Document], threshold: float = 0.8, horizon: float = 3 * DAY
-) -> list[Document]:
-    """The documents that repeat neither the journal nor an earlier one of the batch; within a transaction.
-
-    A repeat has the id of any document in the journal, or nearly the text of one of the last `horizon` seconds of
-    event time: MinHash (Broder 1997) of 64 permutations over the runs of three words estimates a Jaccard similarity of
-    at least `threshold`, with a standard error of 0.05 there. The same text has the similarity 1. Dates more than a
-    day ahead are set to now.
-    """
-    from datasketch import MinHash
-
-    db, now = journal._inside(), journal.clock()
-    ids = json.dumps([document.id for document in documents])
-    listed = "IN (SELECT value FROM json_each(?))"  # a list of any length as one parameter
-    query = f"SELECT id FROM documents WHERE id {listed} UNION SELECT document FROM signatures WHERE document {listed}"
-    seen = {name for (name,) in db.execute(query, (ids, ids))}
-    batch = []
-    for d in documents:
-        if d.id not in seen:
-            seen.add(d.id)
-            batch.append(plausible(d, now))
-    if not batch:
-        return []
-    shingles = ([run.encode() for run in data.word_shingles(data.normalise(d.text), 3)] for d in batch)
-    # The scheme is named, since signatures of different schemes are never alike.
-    hashes = MinHash.generator(shingles, num_perm=PERMUTATIONS, seed=1, scheme="affine32")
-    latest = max(_latest(db, "signatures"), *(document.time for document in batch))
-    db.execute("DELETE FROM signatures WHERE time < ?", (latest - horizon,))
-    blobs = b"".join(blob for (blob,) in db.execute("SELECT signature FROM signatures"))
-    old = np.frombuffer(blobs, np.uint32).reshape(-1, PERMUTATIONS).T
-    known = np.empty((PERMUTATIONS, old.shape[1] + len(batch)), np.uint32)  # a row for each permutation: fast to scan
-    known[:, : old.shape[1]], size = old, old.shape[1]
-    few = PERMUTATIONS - math.ceil(threshold * PERMUTATIONS) + 1  # alike enough: no more than few - 1 may differ
-    new = []
-    for d, minhash in zip(batch, hashes, strict=True):
-        signature = minhash.hashvalues
-        near = np.flatnonzero((known[:few, :size] == signature[:few, None]).any(axis=0))
-        if ((known[:, near] == signature[:, None]).mean(axis=0) >= threshold).any():
-            continue
-        known[:, size], size = signature, size + 1
-        new.append((d, signature.tobytes()))
-    db.executemany("INSERT INTO signatures VALUES (?, ?, ?)", [(d.id, d.time, signature) for d, signature in new])
-    return [d for d, _ in new]
-
-
-def _latest(db: sqlite3.Connection, table: str) -> float:
-    """The latest event time in a table."""
-    return db.execute(f"SELECT coalesce(max(time), -1e12) FROM {table}").fetchone()[0]
+def dated(document: Document, now: float) -> float:
+    """The event time of a document: now at most, and now where it has none."""
+    return now if math.isnan(document.time) else min(document.time, now)
 
 
 # Order
 
 
-def ready(journal: Journal, lateness: float, flush: bool = False) -> list[tuple[Document, dict]]:
+def ready(
+    journal: Journal, lateness: float, flush: bool = False, limit: int = 1000
+) -> list[tuple[Document, dict[str, object]]]:
     """Documents for the detectors with their scores, in the order of event time, each once; within a transaction.
 
     Given are those up to the watermark: the latest event time of all that was added, less `lateness` seconds; with
-    `flush`, all. A document from before a watermark that was already passed comes too late for tests that can't take
-    back a step: it is never given, and `journal.late()` counts it.
+    `flush`, all; `limit` at most, the rest the next time. The watermark is never later than now less `lateness`, and a
+    document without a time does not move it: it is given as it came. A document from before a watermark that was
+    already passed comes too late for tests that can't take back a step: it is never given, and `journal.late()`
+    counts it.
     """
-    db = journal._inside()
-    passed = journal.state("watermark", -1e12)
-    watermark = max(passed, _latest(db, "documents") - (0 if flush else lateness))
+    db, now = journal._inside(), journal.clock()
+    passed = min(journal.state("watermark", -1e12), now - lateness)  # it is later after a flush, or if the clock was
+    db.execute("UPDATE documents SET time = ? WHERE fed = 0 AND time > ?", (now, now))  # the clock was ahead
+    waiting = db.execute("SELECT coalesce(max(time), -1e12) FROM documents WHERE fed = 0").fetchone()[0]
+    newest = min(max(journal.state("newest", -1e12), waiting), now)
+    watermark = max(passed, newest - (0 if flush else lateness))
     db.execute("UPDATE documents SET fed = 2 WHERE fed = 0 AND time < ?", (passed,))
-    query = f"SELECT {', '.join(FIELDS)}, scores FROM documents WHERE fed = 0 AND time <= ? ORDER BY time, id"
-    rows = db.execute(query, (watermark,)).fetchall()
-    db.execute("UPDATE documents SET fed = 1 WHERE fed = 0 AND time <= ?", (watermark,))
+    query = (
+        f"SELECT {', '.join(FIELDS)}, scores FROM documents WHERE fed = 0 AND time <= ? OR fed = {UNDATED} "
+        "ORDER BY time, id LIMIT ?"
+    )
+    rows = db.execute(query, (math.inf if flush else watermark, limit)).fetchall()
+    if len(rows) == limit:
+        watermark = max(passed, min(watermark, rows[-1][FIELDS.index("time")]))
+    db.executemany("UPDATE documents SET fed = 1 WHERE id = ?", [row[:1] for row in rows])
+    journal.set_state("newest", newest)
     journal.set_state("watermark", watermark)
-    return [(Document(*row[:-1]), json.loads(row[-1])) for row in rows]
+    return [(Document(*row[:-1]), journal._read(row[-1])) for row in rows]

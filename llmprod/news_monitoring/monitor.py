@@ -1,6 +1,8 @@
 """The monitor: scores a stream of documents, watches topics and companies for surges of negatives, raises alerts."""
 
+import faulthandler
 import hashlib
+import math
 import signal
 import sys
 import time
@@ -11,18 +13,34 @@ from dataclasses import asdict
 import pandas as pd
 from tqdm.auto import tqdm
 
+from llmprod import LLMProdError
 from llmprod.news_monitoring import surge
-from llmprod.news_monitoring.documents import DAY, Document, NewsError
-from llmprod.news_monitoring.journal import Journal, new_documents, ready
+from llmprod.news_monitoring.documents import DAY, HOUR, Document, NewsError
+from llmprod.news_monitoring.duplicates import new_documents
+from llmprod.news_monitoring.journal import DAMAGED, Journal, ready
+from llmprod.tables import shown
+
+BATCH = 64  # documents that are scored between two looks at the signals
+PROBE = Document("probe", "probe", 0.0, "The company held its annual meeting.")
+LOSSES = {  # count -> what is said of it at the end
+    "skipped": "could not be read and were skipped; the messages above name them",
+    "undated": "had no time that can be read: they were watched as they came",
+    "ahead": "were dated more than an hour ahead of this machine's clock: their time is when they came",
+    "late": "came too late to be watched; a larger --lateness waits for more",
+    "aside": "could not be scored and were set aside; the messages above name them",
+}
 
 
 class Monitor:
     """Polls sources, drops repeats, scores, watches, alerts.
 
-    The documents of a step, their scores, the detectors and the sources' cursors go into the journal in one
-    transaction: a kill at any moment loses nothing and counts nothing twice. Alerts are written to the journal's
-    outbox in it and delivered after it, so that they survive as well.
+    Documents go into the journal with their scores, a batch in one transaction; then the sources' cursors and the
+    detectors, in another: a kill at any moment loses nothing and counts nothing twice, since a document that is there
+    already is a repeat. Alerts are written to the journal's outbox with the detectors and delivered after it, so that
+    they survive as well.
     """
+
+    slow = 3.0  # seconds after which a process that ends while it scores leaves a suspicion against the documents
 
     def __init__(
         self,
@@ -31,6 +49,7 @@ class Monitor:
         detector: Callable[[str], surge.Cusum],
         channels: Sequence = (),
         lateness: float = 3600.0,
+        keep: int = 100_000,
     ):
         """
         Args:
@@ -38,36 +57,138 @@ class Monitor:
             detector: makes one for a topic or company that is new, from its key
             channels: where alerts go
             lateness: seconds that a document may come late and still be put in order of time before it is watched
+            keep: the newest documents whose texts and scores stay in the journal; about a kilobyte each
+
+        Raises NewsError for a lateness or number that can't be used.
         """
+        if not (0 <= lateness < math.inf and keep >= 0):
+            raise NewsError(f"lateness is {lateness} and keep {keep}: give seconds and documents from 0 on.")
         self.scorer, self.journal, self.detector = scorer, journal, detector
-        self.channels, self.lateness, self.counts, self.problems = list(channels), lateness, Counter(), {}
+        self.channels, self.lateness, self.keep = list(channels), lateness, keep
+        self.counts, self.problems, self.stopping = Counter(), {}, []
+        self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
         self.newest = 0.0  # event time of the newest document
+        # What is scored is written down in a file if it takes long, by a thread of C: a rule may hold the interpreter.
+        self._evidence = journal.path.with_name(f"{journal.path.name}.slow")
+        self._suspects = Counter(journal.state("suspects", {}))
+        if self._evidence.exists() and self._evidence.stat().st_size:
+            self._suspects.update(journal.state("begun", []))
+            journal.set_state("suspects", self._suspects)
+            self._evidence.unlink()
 
     def step(self, sources: Sequence, last: bool = False) -> int:
-        """One round over all sources. Returns how many documents came; `last` watches also those that still wait.
+        """One round over all sources. Returns how many documents came or were watched.
 
-        A channel that fails keeps its alerts for the next round; the message is in `problems`, by its name.
+        `last` also reads a last line without an end, and watches the documents that still wait. A signal (`stopping`)
+        ends it after a batch: the sources then stand where they stood, and what was scored is known.
         """
         came, cursors = [], {}
         for source in sources:  # before the transaction, which a slow feed must not hold
-            documents, cursors[source.name] = source.poll(self.journal.cursor(source.name))
-            self.note(source.name, cursors[source.name].get("error"))
+            before = self.journal.cursor(source.name)
+            try:
+                documents, cursor = source.poll(before, last)
+            except (LLMProdError, OSError, ValueError) as error:  # one source must not stop the others
+                self.note(source.name, f"{source.name}: {error}")
+                continue
+            skipped, error = cursor.get("bad", 0), cursor.get("error")
+            self.note(source.name, error and error + (f" ({skipped} skipped so far)" if skipped > 1 else ""))
+            self._count("skipped", skipped - before.get("bad", 0))
+            cursors[source.name] = cursor
             came += documents
+        new = new_documents(self.journal, came)
+        for start in range(0, len(new), BATCH):
+            if self.stopping:
+                return 0
+            self._take(new[start : start + BATCH])
+        behind = any(cursor.get("behind") for cursor in cursors.values())
         with self.journal.transaction():
             for name, cursor in cursors.items():
                 self.journal.set_cursor(name, cursor)
-            new = new_documents(self.journal, came)
-            for document, scores in zip(new, self.scorer(new), strict=True):
-                self.journal.add(document, scores)
             detectors: dict[str, surge.Cusum] = {}
-            fed = ready(self.journal, self.lateness, flush=last)
-            alerts = sum(self.watch(document, scores, detectors) for document, scores in fed)
+            late = self.journal.late()
+            # A watermark follows the newest of what was read: it waits for the end of what was there at first.
+            fed = [] if behind and not last else ready(self.journal, self.lateness, flush=last)
+            try:
+                alerts = sum(self.watch(document, scores, detectors) for document, scores in fed)
+            except (KeyError, TypeError, ValueError) as error:  # scores were checked when they were written
+                raise NewsError(f"{self.journal.path} {DAMAGED}") from error
             for key, detector in detectors.items():
                 self.journal.set_state(key, asdict(detector))
-        self.newest = max([self.newest, *(document.time for document in new)])
-        self.counts.update({"documents": len(new), "repeats": len(came) - len(new), "alerts": alerts})
-        self.deliver()
-        return len(came)
+            late = self.journal.late() - late
+            if self._suspects and not behind:
+                self._suspects.clear()
+                self.journal.set_state("suspects", {})
+            self.journal.forget(self.keep)
+        self.counts.update({"repeats": len(came) - len(new), "alerts": alerts})
+        self._count("late", late)
+        if late:
+            self.note("late", "Documents come too late to be watched; a larger --lateness waits for more.")
+        return len(came) + len(fed)
+
+    def _count(self, name: str, more: int) -> None:
+        """Counts what was lost; a loss that there is none of is not shown."""
+        if more > 0:
+            self.counts[name] += more
+
+    def _take(self, batch: Sequence[tuple[Document, bytes]]) -> None:
+        """Scores new documents and writes them to the journal."""
+        now, scored = self.journal.clock(), self._scored([document for document, _ in batch])
+        with self.journal.transaction():
+            for (document, signature), scores in zip(batch, scored, strict=True):
+                self.journal.add(document, scores, signature)
+        self.counts["documents"] += len(batch)
+        self._count("undated", sum(math.isnan(document.time) for document, _ in batch))
+        self._count("ahead", sum(document.time > now + HOUR for document, _ in batch))
+        self._count("aside", scored.count(None))
+        self.newest = max([self.newest, *(min(d.time, now) for d, _ in batch if not math.isnan(d.time))])
+
+    def _scored(self, documents: Sequence[Document]) -> list[dict | None]:
+        """The scores of documents, each alone where they fail together; None for one that fails alone as well.
+
+        Raises what the scorer raises where it fails with any document. A document that was begun alone, took long and
+        was not finished when an earlier process ended, is not begun again.
+        """
+        if not any(self._suspects[document.id] for document in documents):
+            try:
+                return self._scores(documents)
+            except Exception:  # the libraries under the models raise anything
+                pass
+        found: list[dict | None] = []
+        for document in documents:
+            problem = "the monitor ended twice while it was scored"
+            scores = None
+            if self._suspects[document.id] < 2:
+                try:
+                    (scores,) = self._scores([document])
+                except Exception as error:
+                    self._scores([PROBE])  # is it the document's fault?
+                    problem = f"{type(error).__name__}: {error}"
+            if scores is None:
+                text = f"{document.source}: the document {document.id} was set aside ({problem}): {document.text[:80]}"
+                self.note(f"document {document.id}", text)
+            found.append(scores)
+        return found
+
+    def _scores(self, documents: Sequence[Document]) -> list[dict]:
+        """The scores of documents. Raises NewsError for a score that is no probability, or what the scorer raises."""
+        self.journal.set_state("begun", [document.id for document in documents])
+        with self._evidence.open("wb") as file:
+            faulthandler.dump_traceback_later(self.slow, file=file)
+            try:
+                found = self.scorer(documents)
+            except Exception:  # it failed and did not hang
+                file.truncate(0)
+                raise
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        self._evidence.unlink()
+        for scores in found:
+            for probability in (scores["negative"], *scores["about"].values()):
+                if not 0 <= probability <= 1:
+                    raise NewsError(f"The model's score {probability} is not between 0 and 1.")
+            if not isinstance(scores["topic"], str):
+                raise NewsError(f"The model's topic {scores['topic']} is not a text.")
+        return found
 
     def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum]) -> int:
         """Updates the detectors of a document's topic, companies and currencies; alerts go into the outbox.
@@ -78,9 +199,7 @@ class Monitor:
         for key, probability in {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}.items():
             if key not in detectors:
                 detectors[key] = self.detector(key)
-                if state := self.journal.state(
-                    key
-                ):  # the past is the journal's; settings and threshold are of this run
+                if state := self.journal.state(key):  # the past is the journal's; settings are of this run
                     now = {name: asdict(detectors[key])[name] for name in ("settings", "threshold")}
                     detectors[key] = surge.Cusum.from_dict(state | now)
             alarm = detectors[key].update(document.time, probability, document.id)
@@ -92,56 +211,89 @@ class Monitor:
                 alerts += 1
         return alerts
 
-    def deliver(self) -> None:
-        """Sends every channel the alerts that it has not had, in order; one that fails keeps the rest for later."""
+    def deliver(self, budget: float = 10.0) -> None:
+        """Sends every channel the alerts that it has not had, in order; one that fails keeps the rest for later.
+
+        It rests for a minute, then for twice as long each time, at most for an hour; the message is in `problems`, by
+        its name. After `budget` seconds none is begun, so that a slow channel does not keep the sources waiting.
+        """
         for channel in self.channels:
+            ends = time.monotonic() + budget
+            failures, until = self.waits.get(channel.name, (0, 0.0))
+            if time.monotonic() < until:
+                continue
             try:
-                for alert in self.journal.undelivered(channel.name):
-                    channel.send(alert)
-                    self.journal.delivered(alert["id"], channel.name)
+                while (alerts := self.journal.undelivered(channel.name)) and time.monotonic() < ends:
+                    for alert in alerts:
+                        if time.monotonic() < ends and not self.stopping:
+                            channel.send(alert)
+                            self.journal.delivered(alert["id"], channel.name)
+                    if self.stopping:
+                        break
+                self.waits.pop(channel.name, None)
                 self.note(channel.name, None)
-            except (NewsError, OSError) as error:
+            except (NewsError, OSError, ValueError) as error:
+                self.waits[channel.name] = failures + 1, time.monotonic() + min(60.0 * 2 ** min(failures, 10), HOUR)
                 self.note(channel.name, str(error))
 
     def note(self, name: str, problem: str | None) -> None:
-        """Prints a problem once, when it begins."""
+        """Prints a problem once, when it begins, without the control characters of what others sent."""
         if problem and self.problems.get(name) != problem:
-            tqdm.write(problem, file=sys.stderr)
+            tqdm.write(shown(problem, 500), file=sys.stderr)
         self.problems = {k: v for k, v in self.problems.items() if k != name} | ({name: problem} if problem else {})
 
 
 def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 5.0) -> Counter:
-    """Steps until the sources are finished, or for ever; a first Ctrl-C or SIGTERM ends it after the current step.
+    """Steps until the sources are finished, or for ever; what was lost is said at the end.
 
-    The progress line shows documents per second and, where the newest is of today, how far behind it is.
+    A first Ctrl-C or SIGTERM ends it after the batch that is being scored, a second one at once. The progress line
+    shows documents per second and, where the newest is of today, how far behind it is.
 
     Args:
         once: end as soon as no source has anything new
         pause: seconds to wait where nothing came
+
+    Raises NewsError for a pause that can't be used.
     """
-    stopping = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {s: signal.signal(s, lambda number, frame: stopping.append(number)) for s in signals}
+    if not 0 <= pause < math.inf:
+        raise NewsError(f"pause is {pause}: give a number of seconds from 0 on.")
+
+    def stop(number: int, frame: object) -> None:
+        if monitor.stopping:
+            raise KeyboardInterrupt
+        monitor.stopping.append(number)
+
+    stopping = monitor.stopping
+    stopping.clear()
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         with tqdm(desc="monitor", unit=" documents") as bar:
             while not stopping:
-                came = monitor.step(sources)
+                moved = monitor.step(sources)
+                monitor.deliver()
                 counts = monitor.counts
                 bar.update(counts["documents"] - bar.n)
                 lag = time.time() - monitor.newest
-                shown = f"{counts['repeats']} repeats, {counts['alerts']} alerts"
-                bar.set_postfix_str(shown + (f", {lag:.0f} s behind" if lag < DAY else ""))
-                if not came:
+                words = ", ".join(f"{counts[k]} {k}" for k in ("repeats", "alerts", "late") if k in counts)
+                bar.set_postfix_str(words + (f", {lag:.0f} s behind" if lag < DAY else ""))
+                if not moved and not stopping:
                     finished = all(source.finished(monitor.journal.cursor(source.name)) for source in sources)
                     if once or finished:
                         break
                     waited = time.time()
                     while not stopping and time.time() - waited < pause:
                         time.sleep(min(0.2, pause))
-            monitor.step([], last=not stopping)
+            moved = not stopping and monitor.step(sources, last=True)
+            while moved and not stopping:
+                moved = monitor.step([], last=True)
+            bar.update(monitor.counts["documents"] - bar.n)
+        monitor.deliver(math.inf)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for name, words in LOSSES.items():
+            if monitor.counts[name]:
+                tqdm.write(f"{monitor.counts[name]} documents or lines {words}.", file=sys.stderr)
     return monitor.counts
 
 

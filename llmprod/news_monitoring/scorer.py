@@ -1,5 +1,6 @@
 """From documents to scores: the models that `14_news_monitoring` saves, and the detectors that go with them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ from llmprod import files, models
 from llmprod.financial_sentiment import multitask, passages, sentiment
 from llmprod.financial_sentiment.recognizer import Recognizer
 from llmprod.news_monitoring import surge
-from llmprod.news_monitoring.documents import Document, NewsError
+from llmprod.news_monitoring.documents import HEAD, Document, NewsError
 from llmprod.optimize import export
 
 
@@ -49,25 +50,30 @@ class MonitorConfig:
             topics: tells topics; None where `ratings` has a head for them
             finder: finds companies; None to watch topics and currencies alone
         """
-        for name, model in (("sentiment", ratings), ("topics", topics), ("entities", finder)):
-            if model:
-                model.save(folder / name, card)
-        files.write_json(folder / "monitor.json", asdict(self))
+        with models.sealed(folder) as temporary:
+            for name, model in (("sentiment", ratings), ("topics", topics), ("entities", finder)):
+                if model:
+                    model.save(temporary / name, card)
+            files.write_json(temporary / "monitor.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "MonitorConfig":
-        """What `save` wrote. Raises NewsError where it is not there."""
+        """What `save` wrote. Raises NewsError where it is not there, ModelError where it was changed or is damaged."""
         if not (folder / "monitor.json").is_file():
             raise NewsError(
                 f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=14_news_monitoring`, or "
                 "name another folder with --models."
             )
-        settings = files.read_json(folder / "monitor.json")
-        return cls(**settings | {"negative": sentiment.PlattScaling(**settings["negative"])})
+        with models.reading(models.checked(folder) / "monitor.json"):
+            settings = files.read_json(folder / "monitor.json")
+            found = cls(**settings | {"negative": sentiment.PlattScaling(**settings["negative"])})
+            if not all(map(math.isfinite, (*found.thresholds, found.threshold, found.every, found.ratio, found.share))):
+                raise ValueError("a setting is no number")
+        return found
 
     def for_rate(self, every: float) -> "MonitorConfig":
         """With the threshold for a false alarm in so many documents of a topic or company; 0 leaves it as it is."""
-        if not every >= 0:
+        if not 0 <= every < math.inf:
             raise NewsError(f"every is {every:g}: give a number of documents above 0, or leave it out.")
         if every and not self.every:
             raise NewsError("These models do not say how rare false alarms are: leave --every out.")
@@ -99,10 +105,10 @@ class Scorer:
         self.finder = Recognizer.load(folder / "entities", fine) if (folder / "entities").is_dir() else None
 
     def __call__(self, documents: Sequence[Document]) -> list[dict]:
-        """The scores of each document, as the journal keeps them."""
+        """The scores of each document, as the journal keeps them; of a text the first `HEAD` characters count."""
         if not documents:
             return []
-        texts = [f"{document.title} {document.text}".strip() for document in documents]
+        texts = [f"{document.title} {document.text}"[:HEAD].strip() for document in documents]
         outputs = multitask.predict(self.ratings, texts)
         if self.topics:
             logits, names = self.topics.predict(texts), self.topics.labels

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoTokenizer
 
 from llmprod import files, machine, models
 from llmprod.finetune import loop
@@ -63,7 +62,7 @@ def prune_vocabulary(predictor: models.Predictor, texts: Sequence[str]) -> model
             token["ids"] = [number[old] for old in token["ids"]]
         content["truncation"] = content["padding"] = None  # the tokenizer sets them at each call
         files.write_json(file, content)
-        smaller = AutoTokenizer.from_pretrained(folder)
+        smaller = models.read_tokenizer(Path(folder), len(kept))
     table = pruned.encoder.get_input_embeddings()
     rows, padding = table.weight.detach()[kept].clone(), smaller.pad_token_id
     pruned.encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=padding))

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from llmprod import files, models
+from llmprod import artifacts, files, models
 
 ONNX = "model.onnx"  # the file of the weights in a folder that `save` wrote
 
@@ -31,13 +32,11 @@ class OnnxClassifier(torch.nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.config, self.file = config, Path(file)
-        try:
+        with models.reading(self.file):
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the library has an exception of its own for each of a dozen causes
-            reason = str(error).strip().splitlines()[0]
-            raise models.ModelError(
-                f"{file} can't be read as ONNX ({reason}). Delete it and export it again."
-            ) from error
+            shapes = [[*found.shape][1:] for found in self.session.get_outputs()]
+            if shapes != [[config.num_labels], [config.hidden_size]]:
+                raise ValueError(f"outputs of {shapes}, of which config.json knows nothing")
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
@@ -47,16 +46,27 @@ class OnnxClassifier(torch.nn.Module):
         logits, vectors = (torch.from_numpy(found) for found in self.session.run(None, batch))
         return models.Outputs(logits=logits, vectors=vectors)
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the file and the config into a folder."""
+        shutil.copy(self.file, folder / ONNX)
+        self.config.save_pretrained(folder)
+
 
 def int8(folder: Path, batch_size: int = 32) -> models.Predictor:
     """The checkpoint in a folder with int8 weights, which are written next to it the first time.
 
-    Small batches keep the products in the processor's cache, and are faster.
+    A file beside them says of which weights they were made; where it does not hold, they are written again. Small
+    batches keep the products in the processor's cache, and are faster.
     """
-    whole, file = models.Predictor.load(folder), folder / "int8.onnx"
-    if not file.exists():
+    whole, (file, made) = models.Predictor.load(folder), (folder / name for name in models.INT8)
+
+    def found() -> dict[str, str]:
+        return {path.name: artifacts.sha256(path) for path in (*sorted(folder.glob("*.safetensors")), file)}
+
+    if not file.is_file() or not made.is_file() or files.read_json(made) != found():
         print(f"Writing {file.name} next to the checkpoint, once.")
         save_int8(whole.model, file)
+        files.write_json(made, found())
     return models.Predictor(OnnxClassifier(file, whole.model.config), whole.tokenizer, "fp32", batch_size)
 
 
@@ -66,8 +76,7 @@ def save(predictor: models.Predictor, folder: Path, write: Callable[[Path], None
     Args:
         write: writes the ONNX file to a path; None: the classifier as it is, in float32
     """
-    with files.atomic(folder) as temporary:
-        temporary.mkdir()
+    with models.sealed(folder) as temporary:
         predictor.model.config.save_pretrained(temporary)
         predictor.tokenizer.save_pretrained(temporary)
         (write or (lambda file: save_onnx(predictor.model, file)))(temporary / ONNX)
@@ -78,8 +87,10 @@ def load(folder: Path, batch_size: int = 32) -> models.Predictor:
     """Reads a folder that `save` wrote. Raises ModelError if there is no `model.onnx`, or a damaged one."""
     if not (folder / ONNX).is_file():
         raise models.ModelError(f"{folder} has no {ONNX}; a checkpoint in safetensors is read by Predictor.load.")
-    classifier = OnnxClassifier(folder / ONNX, AutoConfig.from_pretrained(folder))
-    return models.Predictor(classifier, AutoTokenizer.from_pretrained(folder), "fp32", batch_size)
+    with models.reading(models.checked(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = models.read_tokenizer(folder, config.vocab_size)
+    return models.Predictor(OnnxClassifier(folder / ONNX, config), tokenizer, "fp32", batch_size)
 
 
 def save_onnx(classifier: torch.nn.Module, file: Path) -> None:
@@ -121,7 +132,7 @@ def save_onnx(classifier: torch.nn.Module, file: Path) -> None:
 
 def save_int8(classifier: torch.nn.Module, file: Path) -> None:
     """Writes a classifier as ONNX with 8-bit weights (`quantise_dynamic`), atomically."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".int8-") as folder:
         save_onnx(classifier, Path(folder) / ONNX)
         quantise_dynamic(Path(folder) / ONNX, file)
 

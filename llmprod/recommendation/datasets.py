@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from llmprod import artifacts, data
+from llmprod import artifacts, formats, tables
 from llmprod.recommendation.catalogues import FACTS, Catalogue, RecommendError, build
 
 RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: they follow the interactions
@@ -27,16 +27,19 @@ RELATIONS = {  # of the graph of MovieLens, the most telling first; no awards: t
 }
 
 
-def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str = "") -> Catalogue:
+def load(
+    dataset: str = "movielens-100k", items_file: str = "", facts_file: str = "", encoding: str = "utf-8"
+) -> Catalogue:
     """A catalogue: the artifact `movielens-100k`, or your own tables.
 
     Args:
-        dataset: the artifact, or a file of interactions (.csv, .tsv, .jsonl, .parquet) with the columns user, item
-            and, optionally, rating and time (in seconds)
+        dataset: the artifact, or a file of interactions (see `formats.read`) with the columns user, item and,
+            optionally, rating (a number) and time (see `tables.moment`)
         items_file: a table of items with the columns item and text and, optionally, title, year and genres
         facts_file: optionally, a table with the columns item, relation and entity (film 7, director, Ann Hui)
+        encoding: of the files
 
-    Raises RecommendError, or data.DataError, naming the file, for what can't be used.
+    Raises RecommendError, or formats.DataError, naming the file and the row (from 1), for what can't be used.
     """
     if dataset in artifacts.registry():
         if dataset != "movielens-100k":
@@ -44,24 +47,44 @@ def load(dataset: str = "movielens-100k", items_file: str = "", facts_file: str 
         return movielens(artifacts.fetch(dataset), artifacts.fetch("movielens-titles"))
     if not items_file:
         raise RecommendError(f"{dataset}: set items_file to a table with the columns item and text.")
-    interactions, items = read(dataset, ["user", "item"]), read(items_file, ["item", "text"])
-    facts = read(facts_file, FACTS) if facts_file else pd.DataFrame(columns=FACTS)
+    interactions = read(dataset, ["user", "item"], ["rating", "time"], encoding)
+    items = read(items_file, ["item", "text"], ["title", "year", "genres"], encoding)
+    facts = read(facts_file, FACTS, [], encoding) if facts_file else pd.DataFrame(columns=FACTS)
     if twice := items.loc[items["item"].duplicated(), "item"].tolist():
         raise RecommendError(f"{items_file}: the item '{twice[0]}' stands twice.")
     for name, frame in ((dataset, interactions), (facts_file, facts)):
         if unknown := frame.loc[~frame["item"].isin(items["item"]), "item"].unique().tolist():
             raise RecommendError(f"{name}: {len(unknown)} items are not in {items_file} (the first is '{unknown[0]}').")
-    items = items.reindex(columns=["item", "title", "year", "genres", "text"])
-    items = items.assign(title=items["title"].fillna(items["text"]), genres=items["genres"].fillna(""))
+    items = items.assign(
+        title=items["title"].fillna(items["text"]),
+        year=tables.numbers(items["year"], f"{items_file}, column year"),
+        genres=items["genres"].fillna(""),
+    )
+    times = tables.times(interactions["time"], f"{dataset}, column time")
+    interactions = interactions.assign(
+        rating=tables.numbers(interactions["rating"], f"{dataset}, column rating"),
+        time=(times - pd.Timestamp(0, tz="UTC")).dt.total_seconds(),
+    )
     users = pd.DataFrame({"user": np.sort(interactions["user"].unique())})
     users = users.reindex(columns=["user", "age", "gender", "occupation"])
-    return build(interactions.reindex(columns=["user", "item", "rating", "time"]), items, users, facts)
+    return build(interactions, items, users, facts)
 
 
-def read(name: str, columns: list[str]) -> pd.DataFrame:
-    """The table in a file; raises RecommendError, naming the file, where it lacks one of the columns."""
-    frame = data.read_table(Path(name).expanduser(), "utf-8")
-    data.require(frame, columns, name, RecommendError)
+def read(name: str, columns: list[str], others: list[str], encoding: str) -> pd.DataFrame:
+    """The table in a file, with `columns` as texts, of which none may be missing, and `others`, where there are any.
+
+    Raises RecommendError, naming the file and the row (from 1).
+    """
+    frame = formats.read(name, encoding)
+    tables.require(frame, columns, name, RecommendError)
+    frame = frame.reindex(columns=[*columns, *others])
+    for column in [*columns, *{"title", "genres"} & set(others)]:
+        frame[column] = tables.texts(frame[column], f"{name}, column {column}")
+        if column in columns and (lacking := frame[column].isna()).any():
+            raise RecommendError(
+                f"{name}: rows without {column}: {lacking.sum()}, the first is row {lacking.argmax() + 1}. "
+                "Fill it in, or take them out."
+            )
     return frame
 
 

@@ -54,13 +54,20 @@ PROTOCOLS: dict[str, Callable] = {
 def split(interactions: pd.DataFrame, protocol: str, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Training and test interactions under a protocol. The benchmark's split always has its own seed, 42.
 
-    Raises RecommendError for an unknown protocol, or one that needs times where there are none.
+    Raises RecommendError for an unknown protocol, one that needs times where there are none, and where nothing is left
+    to train or to test on.
     """
     if protocol not in PROTOCOLS:
         raise RecommendError(f"protocol is '{protocol}'; use one of {', '.join(PROTOCOLS)}.")
     if protocol in ("time", "last") and interactions["time"].isna().any():
         raise RecommendError(f"protocol='{protocol}' needs a time for every interaction; set protocol='within items'.")
-    return PROTOCOLS[protocol](interactions, 42 if protocol == "within items" else seed)
+    train, test = PROTOCOLS[protocol](interactions, 42 if protocol == "within items" else seed)
+    if train.empty or test.empty:
+        raise RecommendError(
+            f"protocol='{protocol}' leaves {len(train)} interactions to train on and {len(test)} to test on "
+            f"(of {len(interactions)}, at {interactions['time'].nunique()} times); use another protocol, or more data."
+        )
+    return train, test
 
 
 def out_of_fold(train: pd.DataFrame, protocol: str, folds: int, seed: int) -> Iterator[tuple]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from llmprod.extras import extra
 from llmprod.recommendation import ranking
-from llmprod.recommendation.catalogues import FACTS, Catalogue, matrix
+from llmprod.recommendation.catalogues import FACTS, Catalogue, RecommendError, matrix
 from llmprod.recommendation.protocols import out_of_fold
 from llmprod.recommendation.scorers import genre_shares, group_popularity, score_items
 
@@ -98,7 +98,10 @@ class Reranker:
 
 
 def fit_reranker(training_set: Sequence[Examples], names: Sequence[str], seed: int) -> Reranker:
-    """Trains LambdaMART on the named features, and on the users with a relevant candidate."""
+    """Trains LambdaMART on the named features, and on the users with a relevant candidate.
+
+    Raises RecommendError where there is no such user.
+    """
     with extra("recsys"):
         from lightgbm import LGBMRanker
 
@@ -108,6 +111,11 @@ def fit_reranker(training_set: Sequence[Examples], names: Sequence[str], seed: i
         rows.append(feature_matrix({name: found[name][some] for name in names}, candidates[some]))
         labels.append(relevance[some].ravel())
     size, labels = training_set[0][1].shape[1], np.concatenate(labels)
+    if not len(labels):
+        raise RecommendError(
+            "No user has a relevant candidate in any fold, so there is no ranking to learn; set fewer folds, more "
+            "candidates or protocol='within items', or give more interactions."
+        )
     model = LGBMRanker(
         objective="lambdarank",
         lambdarank_truncation_level=20,
