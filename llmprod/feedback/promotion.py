@@ -30,13 +30,12 @@ RETRAIN = Recipe(method="lora", epochs=3, learning_rate=1e-3, max_length=128, ba
 class Rules:
     """What a new bundle must reach before it is served."""
 
-    significance: float = 0.05  # of McNemar's exact test on the new data
+    significance: float = 0.05  # of McNemar's exact test on the new data; of reviews that agree by chance
     old_tolerance: float = 0.005  # accuracy on the regression set that may be lost
     class_tolerance: float = (
         0.05  # share of a class's texts that may be lost, old and new together; one text always may
     )
     least_new: int = 20  # audited reviews without which nothing is promoted
-    surest: float = 0.7  # share of the served bundle's surest quarter of audited answers that reviews must confirm
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Decision:
     candidate: str  # the id of the new one
     numbers: dict[str, float]
     classes: pd.DataFrame  # of the regression set and the new data: texts, right before, right after
-    answers: dict[str, dict[str, np.ndarray]] = field(repr=False)  # set -> labels, served, candidate, confidence
+    answers: dict[str, dict[str, np.ndarray]] = field(repr=False)  # set -> labels, served, candidate (class numbers)
 
 
 def iterate(
@@ -187,9 +186,11 @@ def compare(
     answers = {}
     for name, data in (("old", old), ("new", new)):
         labels = np.array([served.labels.index(label) for label in data["label"]], dtype=int)
-        given = {who: of.predict(list(data["text"])) for who, of in (("served", served), ("candidate", candidate))}
-        both = {who: np.array([served.labels.index(one.label) for one in said], int) for who, said in given.items()}
-        answers[name] = {"labels": labels, **both, "confidence": np.array([one.confidence for one in given["served"]])}
+        both = {
+            who: np.array([served.labels.index(answer.label) for answer in of.predict(list(data["text"]))], dtype=int)
+            for who, of in (("served", served), ("candidate", candidate))
+        }
+        answers[name] = {"labels": labels, **both}
     numbers = figures(answers)
     classes = by_class(answers, served.labels)
     against = objections(numbers, classes, rules)
@@ -204,7 +205,7 @@ def compare(
 def figures(answers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Accuracy of both bundles on old and new data, the paired changes with intervals, and McNemar's exact test.
 
-    "new, surest" is the served bundle's accuracy on the quarter of the new data of which it is surest.
+    "p, by chance" is how often permuted reviews agree with the served bundle as much as these do.
     """
     numbers: dict[str, float] = {}
     for name, of in answers.items():
@@ -216,11 +217,15 @@ def figures(answers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]
             numbers |= {f"{name}, candidate": metrics.accuracy(labels, after)}
             numbers |= {f"{name}, change": change, f"{name}, from": low, f"{name}, to": high}
     of = answers["new"]
-    surest = np.argsort(-of["confidence"], kind="stable")[: -(-len(of["confidence"]) // 4)]
-    if len(surest):
-        numbers["new, surest"] = metrics.accuracy(of["labels"][surest], of["served"][surest])
+    numbers["p, by chance"] = by_chance(of["labels"], of["served"])
     better, worse, numbers["p"] = metrics.mcnemar(of["labels"], of["candidate"], of["served"])
     return numbers | {"only candidate right": better, "only served right": worse}
+
+
+def by_chance(labels: np.ndarray, served: np.ndarray, rounds: int = 1000) -> float:
+    """The one-sided p-value of the agreement of two labellings by permutation: how often chance gives as much."""
+    random, equal = np.random.default_rng(0), int((labels == served).sum())
+    return (1 + sum(int((random.permutation(labels) == served).sum()) >= equal for _ in range(rounds))) / (rounds + 1)
 
 
 def by_class(answers: Mapping[str, Mapping[str, np.ndarray]], names: Sequence[str]) -> pd.DataFrame:
@@ -249,10 +254,10 @@ def objections(numbers: Mapping[str, float], classes: pd.DataFrame, rules: Rules
             f"not better on the {numbers['new, texts']:.0f} audited answers: {numbers['only candidate right']:.0f} "
             f"right that were wrong, {numbers['only served right']:.0f} wrong that were right (p = {numbers['p']:.2g})"
         )
-    if numbers.get("new, surest", 1.0) < rules.surest:
+    if numbers["new, texts"] >= rules.least_new and numbers["p, by chance"] > rules.significance:
         found.append(
-            f"reviews confirm {100 * numbers['new, surest']:.0f} % of the answers of which the served bundle is "
-            f"surest, and at least {100 * rules.surest:g} % are expected: look at the reviews"
+            f"reviews agree with the served bundle no more than by chance ({100 * numbers['new, served']:.0f} % are "
+            f"equal, p = {numbers['p, by chance']:.2g}): look at the reviews"
         )
     if numbers["old, change"] < -rules.old_tolerance - 1e-9:
         found.append(
