@@ -331,6 +331,7 @@ def test_the_threshold_goes_with_the_false_alarms_asked_for(trained, tmp_path):
     settings = json.loads((trained / "monitor.json").read_text())
     settings.pop("every")
     (unmeasured / "monitor.json").write_text(json.dumps(settings))
+    (unmeasured / "manifest.json").unlink()  # as before there was one
     assert Scorer(unmeasured).config.detector("topic: ship").threshold == 40
     with pytest.raises(NewsError, match="every"):
         Scorer(unmeasured, every=700)
