@@ -356,7 +356,7 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     alert = json.loads((tmp_path / "alerts.jsonl").read_text().splitlines()[0])
     with (tmp_path / "in.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "Acme Corp in a telegram of long ago", "time": 1e9 - 1e6}) + "\n")
-    assert "1 documents of this journal came too late" in llmprod(*arguments).stdout
+    assert "1 documents or lines came too late" in llmprod(*arguments).stderr
     assert main(["alerts", "--right", alert["id"], "--export", str(tmp_path / "judged.csv"), *journal]) == 0
     assert alert["id"] in capsys.readouterr().out
     judged = pd.read_csv(tmp_path / "judged.csv")
