@@ -538,7 +538,7 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert (
         "01_data stopped" in wrong.stderr
-        and "(set text_column, label_column, id_column): no column text; it has body, topic." in wrong.stderr
+        and "(set text_column, label_column): no column text; it has body, topic." in wrong.stderr
     )
     assert list((tmp_path / "home/runs").rglob("01_data.ipynb")), "the executed copy stays"
 
