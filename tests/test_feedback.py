@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprod import LLMProdError, data
+from llmprod import LLMProdError, data, machine
 from llmprod.deploy import bundle
 from llmprod.deploy.registry import Registry
 from llmprod.evaluate import drift
@@ -245,6 +245,7 @@ def world(tmp_path_factory):
     table = table[table["label"].isin(["earn", "acq", "crude"])]
     data.save(data.split(table, validation_share=0.2, train_rows=240, test_rows=400, seed=1), folder / "splits", {})
     splits, labels, _ = data.prepared(folder / "splits")
+    machine.seed_everything(0)  # the head's first weights are random, and other tests draw too
     start = Predictor.pretrained("minilm", labels, dropout=0.0, max_length=48, precision="fp32")
     chosen, _ = fewshot.sample_shots(splits["train"], 30, 0)
     recipe = Recipe(method="lora", learning_rate=3e-3, epochs=3, max_length=48, batch_tokens=1024)
@@ -287,19 +288,6 @@ def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) ->
     return decision
 
 
-def test_reviewed_feedback_changes_what_is_served(world, tmp_path):
-    _, _, registry, users, _, _ = world
-    decision = iterated(world, tmp_path, users[:160])
-    assert decision.promoted, decision.reasons
-    assert decision.current == decision.candidate != decision.parent
-    assert decision.numbers["new, change"] > 0 and decision.numbers["p"] <= 0.05
-    assert decision.numbers["p, by chance"] < 0.01
-    assert decision.numbers["old, change"] >= -0.02 - 1e-9
-    kept = registry.load(decision.candidate).manifest["provenance"]
-    assert kept["parent"] == decision.parent and kept["reviewed texts learnt"] <= 80 and len(kept["data"]) == 64
-    assert decision.classes["texts"].sum() == 280
-
-
 def test_a_correction_given_today_is_answered_tomorrow(world, tmp_path):
     """The whole round over HTTP: serve, 200 questions, corrections, review, iterate, the new bundle answers."""
     splits, _, registry, users, old, _ = world
@@ -324,6 +312,10 @@ def test_a_correction_given_today_is_answered_tomorrow(world, tmp_path):
             decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=40, rules=rules)
         assert decision.promoted, decision.reasons
         assert decision.numbers["old, change"] >= -0.005
+        assert decision.numbers["p"] <= 0.05 and decision.numbers["p, by chance"] <= 0.05
+        kept = registry.load(decision.candidate).manifest["provenance"]
+        assert kept["parent"] == before and 0 < kept["reviewed texts learnt"] <= 120 and len(kept["data"]) == 64
+        assert decision.classes["texts"].sum() == 280
         assert served.http.post("/reload").json() == {"bundle": decision.candidate}
         learnt = [name for name in wrong if queued.loc[name, "reason"] == review.DOWN]
         number = {said["id"]: text for said, text in zip(asked, texts, strict=True)}
@@ -342,8 +334,16 @@ def test_a_poisoned_batch_is_refused(world, tmp_path):
     users = users[:160]
     labels = np.random.default_rng(0).permutation([label for _, label in users])
     decision = iterated(world, tmp_path, [(text, str(label)) for (text, _), label in zip(users, labels, strict=True)])
-    assert not decision.promoted and any("by chance" in reason for reason in decision.reasons)
+    assert not decision.promoted and any("by chance" in why or "not better" in why for why in decision.reasons)
     assert decision.current == decision.parent and not (registry.folder / decision.candidate).exists()
+
+
+def test_reviews_in_random_order_agree_by_chance_alone():
+    labels = np.random.default_rng(0).integers(0, 3, 200)
+    half = np.where(np.arange(200) % 2, labels, 0)
+    assert promotion.by_chance(labels, half) < 0.01
+    assert promotion.by_chance(np.random.default_rng(1).permutation(labels), half) > 0.05
+    assert promotion.by_chance(labels, np.zeros(200, int)) == 1, "one answer for all says nothing"
 
 
 def test_a_batch_that_helps_one_class_at_anothers_cost_is_refused(world, tmp_path):
