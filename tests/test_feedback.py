@@ -280,7 +280,7 @@ def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) ->
             for name, (_, label) in zip(names, users, strict=True):
                 store.add_review(name, reviewer, label)
         recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
-        rules = promotion.Rules(old_tolerance=0.02, class_tolerance=0.2)  # what so few texts can resolve
+        rules = promotion.Rules(old_tolerance=0.02)  # 200 texts can't resolve half a point
         decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=20, rules=rules)
     decision.current = registry.state()["current"]
     if decision.promoted:
@@ -308,8 +308,7 @@ def test_a_correction_given_today_is_answered_tomorrow(world, tmp_path):
                 for name in review.waiting_for(store, reviewer)["request"]:
                     store.add_review(name, reviewer, truth[name])
             recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
-            rules = promotion.Rules(class_tolerance=0.3)  # this is about the round; the rules have tests of their own
-            decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=40, rules=rules)
+            decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=40)
         assert decision.promoted, decision.reasons
         assert decision.numbers["old, change"] >= -0.005
         assert decision.numbers["p"] <= 0.05 and decision.numbers["p, by chance"] <= 0.05
@@ -334,7 +333,8 @@ def test_a_poisoned_batch_is_refused(world, tmp_path):
     users = users[:160]
     labels = np.random.default_rng(0).permutation([label for _, label in users])
     decision = iterated(world, tmp_path, [(text, str(label)) for (text, _), label in zip(users, labels, strict=True)])
-    assert not decision.promoted and any("by chance" in why or "not better" in why for why in decision.reasons)
+    assert not decision.promoted and any("not better" in why for why in decision.reasons)
+    assert any("by chance" in why for why in decision.reasons)
     assert decision.current == decision.parent and not (registry.folder / decision.candidate).exists()
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmprod.models import Predictor
+from llmprod.models import ModelError, Predictor
 from llmprod.recommendation import catalogues, datasets, scorers
 from llmprod.recommendation.catalogues import RecommendError
 from llmprod.recommendation.served import ARRAYS, Recommender
@@ -62,6 +62,11 @@ def test_it_is_read_as_it_was_saved(recommender, tmp_path):
     again = Recommender.load(tmp_path / "saved")
     asked = {"liked": [id_of(recommender, "Fargo")], "wish": "A dark detective story"}
     assert [row["id"] for row in again.recommend(**asked)] == [row["id"] for row in recommender.recommend(**asked)]
+    content = (tmp_path / "saved/items.json").read_text()
+    (tmp_path / "saved/items.json").write_text(content.replace("Fargo", "Farewell"))
+    with pytest.raises(ModelError, match=r"items\.json"):
+        Recommender.load(tmp_path / "saved")
+    (tmp_path / "saved/manifest.json").unlink()
     np.savez(tmp_path / "saved" / ARRAYS, weights=np.zeros((2, 2)), vectors=np.zeros((2, 3)), popularity=np.zeros(2))
     with pytest.raises(RecommendError, match="another catalogue"):
         Recommender.load(tmp_path / "saved")

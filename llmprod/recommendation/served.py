@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import zscore
 
-from llmprod import files
+from llmprod import models
 from llmprod.models import Predictor
 from llmprod.recommendation.catalogues import RecommendError
 
@@ -55,9 +55,8 @@ class Recommender:
         return self.items["title"].iloc[largest[self.weights[largest, item] > 0]].tolist()
 
     def save(self, folder: Path, card: str) -> None:
-        """Writes items, arrays and encoder into a folder, atomically."""
-        with files.atomic(folder) as temporary:
-            temporary.mkdir(exist_ok=True)
+        """Writes items, arrays and encoder into a folder, atomically, with a manifest."""
+        with models.sealed(folder) as temporary:
             self.items[["id", "title"]].to_json(temporary / ITEMS, orient="records")
             arrays = {name: getattr(self, name) for name in ("weights", "vectors", "popularity")}
             np.savez(temporary / ARRAYS, **{name: array.astype(np.float32) for name, array in arrays.items()})
@@ -65,7 +64,11 @@ class Recommender:
 
     @classmethod
     def load(cls, folder: Path) -> "Recommender":
-        """Reads what `save` wrote. Raises RecommendError where something is missing or does not fit together."""
+        """Reads what `save` wrote.
+
+        Raises RecommendError where something is missing or does not fit together, ModelError where it was changed.
+        """
+        models.checked(folder)
         try:
             items = pd.DataFrame(json.loads((folder / ITEMS).read_text(encoding="utf-8"))).astype(str)
             with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
