@@ -51,7 +51,8 @@ def page(folder: Path) -> str:
     ]
     parts.append(
         "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
-        "3 sd √(1 + 1/seeds) and one test example; with one seed, three standard errors of the share. Published figures have protocols of their own: `published.yaml`."
+        "3 sd √(1 + 1/seeds) and one test example; with one seed, three standard errors of the share. "
+        "Published figures have protocols of their own: `published.yaml`."
     )
     for notebook, result in found.items():
         stamp = result.get("provenance", {})
