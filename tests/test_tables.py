@@ -310,7 +310,7 @@ def test_a_time_is_read_in_each_of_its_forms(value):
         (20240101, "read as seconds, is the time 1970"),
         ("1989-12-31", "between 1990 and tomorrow"),
         ("0001-01-01T00:00+10:00", "can't be read"),
-        ((datetime.now(UTC) + timedelta(days=2)).isoformat(), "between 1990 and tomorrow"),
+        ("2999-12-31T00:00:00+00:00", "between 1990 and tomorrow"),  # not a time of today: workers must agree on names
     ],
 )
 def test_a_time_that_can_not_be_is_named_with_its_row(value, message):
