@@ -2,15 +2,16 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
 
 from llmprod import artifacts, data, machine, models
-from llmprod.evaluate import active, metrics, robust
+from llmprod.evaluate import active, baselines, metrics, robust
 from llmprod.extras import extra
 from llmprod.finetune import fewshot, learn, methods
 from llmprod.finetune.recipe import Recipe
@@ -37,6 +38,8 @@ def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, 
         logits = predictor.predict(texts)
         rate = len(texts) / (time.perf_counter() - started)
     scores = metrics.summary(y, softmax(logits.astype(float), axis=1))
+    if parameters.get("combine"):
+        scores |= combined(splits, predictor, texts, y, logits)
     if parameters["robust_texts"]:
         some = np.random.default_rng(0).permutation(len(texts))[: parameters["robust_texts"]]
         subset = [texts[i] for i in some]
@@ -53,6 +56,55 @@ def fitted(splits: DatasetDict, labels: Sequence[str], parameters: Mapping[str, 
             "inference, texts/s": rate,
         },
     }
+
+
+def combined(
+    splits: DatasetDict, predictor: models.Predictor, texts: Sequence[str], y: np.ndarray, logits: np.ndarray
+) -> dict[str, float]:
+    """Scores of a bag of words and of its product with the fine-tuned model, both chosen on validation texts."""
+    train, validation = (
+        (list(splits[name]["text"]), np.array(splits[name]["label"])) for name in ("train", "validation")
+    )
+    words = baselines.chosen(train, validation)
+    weights = baselines.expert_weights(
+        predictor.predict(validation[0]), words.predict_log_proba(validation[0]), validation[1]
+    )
+    log_words = words.predict_log_proba(texts)
+    both = metrics.summary(y, np.exp(baselines.product(logits, log_words, weights)))
+    alone = metrics.summary(y, np.exp(log_words))
+    return {f"{name}, bag of words": value for name, value in alone.items()} | {
+        f"{name}, combined": value for name, value in both.items()
+    }
+
+
+def bag_of_words(parameters: Mapping[str, object]) -> dict:
+    """A bag of words trained on the labelled texts: TF-IDF of words and pieces of words, logistic regression."""
+    splits, _, _ = data.prepared(Path(parameters["splits"]))
+    chosen, _ = fewshot.sample_shots(splits["train"], parameters["shots"], parameters["seed"])
+    started = time.perf_counter()
+    model = baselines.bag_of_words(list(chosen["text"]), chosen["label"], parameters["c"], characters=True)
+    return scored(splits[parameters["split"]], started, lambda texts: model.predict_proba(texts))
+
+
+def frozen_encoder(parameters: Mapping[str, object]) -> dict:
+    """Logistic regression on the vectors of the encoder as it was pretrained."""
+    splits, labels, _ = data.prepared(Path(parameters["splits"]))
+    chosen, _ = fewshot.sample_shots(splits["train"], parameters["shots"], parameters["seed"])
+    started = time.perf_counter()
+    settings = {"max_length": parameters["max_length"], "precision": parameters["precision"]}
+    encoder = models.Predictor.pretrained(parameters["model"], labels, **settings)
+    model = LogisticRegression(C=parameters["c"], max_iter=2000)
+    model.fit(encoder.embed(list(chosen["text"])), chosen["label"])
+    return scored(splits[parameters["split"]], started, lambda texts: model.predict_proba(encoder.embed(texts)))
+
+
+def scored(part: Dataset, started: float, probabilities: Callable[[list[str]], np.ndarray]) -> dict:
+    """A baseline's scores on a split, seconds of training since `started`, and texts per second."""
+    seconds, texts = time.perf_counter() - started, list(part["text"])
+    started = time.perf_counter()
+    scores = metrics.summary(np.array(part["label"]), probabilities(texts))
+    speeds = {"training, s": seconds, "inference, texts/s": len(texts) / (time.perf_counter() - started)}
+    return {"metrics": scores, "speeds": speeds | {"peak memory, MB": machine.peak_memory_mb()}}
 
 
 def setfit_library(parameters: Mapping[str, object]) -> dict:
