@@ -304,7 +304,7 @@ class Predictor:
         """Where predictions are computed."""
         return device_and_precision(self.precision)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: on a GPU the weights move here, and they may be trained later
     def infer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Logits (texts, classes) and text vectors (texts, dimensions), float32, in the order of the texts."""
         device, precision, _ = device_and_precision(self.precision)

@@ -65,7 +65,7 @@ class Recognizer:
             self.tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as in models.Predictor.infer
     def find(self, texts: Sequence[str], batch_tokens: int = 4096) -> list[list[Entity]]:
         """The entities of each text, in order of appearance."""
         places = [[word.span() for word in WORD.finditer(text)] for text in texts]
