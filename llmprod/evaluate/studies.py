@@ -88,11 +88,11 @@ def bag_of_words(parameters: Mapping[str, object]) -> dict:
 
 def frozen_encoder(parameters: Mapping[str, object]) -> dict:
     """Logistic regression on the vectors of the encoder as it was pretrained."""
-    splits, labels, _ = data.prepared(Path(parameters["splits"]))
+    splits, _, _ = data.prepared(Path(parameters["splits"]))
     chosen, _ = fewshot.sample_shots(splits["train"], parameters["shots"], parameters["seed"])
     started = time.perf_counter()
     settings = {"max_length": parameters["max_length"], "precision": parameters["precision"]}
-    encoder = models.Predictor.pretrained(parameters["model"], labels, **settings)
+    encoder = models.Predictor.pretrained(parameters["model"], **settings)
     model = LogisticRegression(C=parameters["c"], max_iter=2000)
     model.fit(encoder.embed(list(chosen["text"])), chosen["label"])
     return scored(splits[parameters["split"]], started, lambda texts: model.predict_proba(encoder.embed(texts)))
