@@ -405,8 +405,8 @@ def test_limits_of_size_and_rate(running, registry):
 def test_a_bundle_is_exchanged_under_load_without_a_lost_request(running, registry, made, other, tmp_path):
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps(TEXTS))
-    process = load.start(running.url, texts, 4, 5.0)
-    time.sleep(2.5)  # the clients are starting
+    process = load.start(running.url, texts, 4, 3.0)
+    time.sleep(0.5)  # the first answers
     registry.promote(other.id, "under load")
     assert running.http.post("/reload").json() == {"bundle": other.id}
     found = load.result(process)
@@ -416,6 +416,12 @@ def test_a_bundle_is_exchanged_under_load_without_a_lost_request(running, regist
     registry.roll_back("and back")
     time.sleep(3)  # it looks by itself
     assert running.http.get("/ready").json()["bundle"] == made.id
+
+
+def test_a_load_test_of_a_service_that_is_not_there_is_one_message(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    with pytest.raises(LLMProdError, match=r"http://127\.0\.0\.1:9 gives no answer"):
+        load.start("http://127.0.0.1:9", tmp_path / "texts.json", 1, 1.0)
 
 
 def test_a_damaged_bundle_is_not_served(running, registry, made, tmp_path):

@@ -182,7 +182,7 @@ def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
     folder.mkdir()
     (folder / "02_finetune.ipynb").write_bytes((paths.NOTEBOOKS / "02_finetune.ipynb").read_bytes())
     command = [python, "-m", "papermill", "02_finetune.ipynb", "out.ipynb", "--execution-timeout", "600"]
-    for name, value in {"epochs": 1, "max_length": 8}.items():
+    for name, value in {"shots": 1, "epochs": 1, "max_length": 8}.items():
         command += ["-p", name, str(value)]
     shares = f"{fresh}/share/jupyter{os.pathsep}{sys.prefix}/share/jupyter"  # the fresh kernel, nbconvert's templates
     environment = os.environ | {"LLMPROD_INSTALL": str(paths.ROOT), "JUPYTER_PATH": shares}

@@ -104,6 +104,15 @@ def checkpoint(tmp_path):
     return tmp_path / "checkpoint"
 
 
+def shallow(folder, bias):
+    """A checkpoint of the encoder's first layer, which is exported in a second, with a head that has this bias."""
+    whole = models.Predictor.pretrained("minilm", ["a", "b", "c"], dropout=0.0, max_length=64)
+    predictor = compress.with_layers(whole, [0])
+    torch.nn.init.constant_(predictor.model.classifier.bias, bias)
+    predictor.save(folder, "a test")
+    return folder
+
+
 def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     texts = sentiment.load()["text"].tolist()[:200]  # of unequal length, so that batches are padded
     whole = models.Predictor.load(checkpoint, "fp32").infer(texts)
@@ -120,18 +129,19 @@ def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     assert capsys.readouterr().out.count("once") == 1
 
 
-def test_int8_weights_of_other_weights_or_damaged_ones_are_written_again(checkpoint, tmp_path, capsys):
+def test_int8_weights_of_other_weights_or_damaged_ones_are_written_again(tmp_path, capsys):
     """What lies beside a checkpoint may be another one's, also one that was written before they were told apart."""
-    texts = ["oil prices rose", "a bank"]
+    texts, checkpoint, other = (
+        ["oil prices rose", "a bank"],
+        shallow(tmp_path / "one", 0),
+        shallow(tmp_path / "other", 9),
+    )
     right = export.int8(checkpoint).predict(texts)
-    other = models.Predictor.pretrained("minilm", ["a", "b", "c"], dropout=0.0, max_length=64)
-    torch.nn.init.constant_(other.model.classifier.bias, 9)
-    other.save(tmp_path / "other", "a test")
-    assert np.abs(export.int8(tmp_path / "other").predict(texts) - right).max() > 5
+    assert np.abs(export.int8(other).predict(texts) - right).max() > 5
     (checkpoint / "int8.onnx").write_bytes((checkpoint / "int8.onnx").read_bytes()[:-9])
     np.testing.assert_array_equal(export.int8(checkpoint).predict(texts), right)
     for name in models.INT8:  # with the note of the other one, too
-        shutil.copy(tmp_path / "other" / name, checkpoint / name)
+        shutil.copy(other / name, checkpoint / name)
     np.testing.assert_array_equal(export.int8(checkpoint).predict(texts), right)
     assert capsys.readouterr().out.count("once") == 4
 

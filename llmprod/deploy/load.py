@@ -1,6 +1,7 @@
 """Load tests: clients that ask a running service one text after the other; in a process of their own.
 
-`python -m llmprod.deploy.load http://127.0.0.1:8000 texts.json --clients 16 --seconds 5` prints one line of JSON.
+`python -m llmprod.deploy.load http://127.0.0.1:8000 texts.json --clients 16 --seconds 5` prints "on" when it has the
+first answer, then one line of JSON.
 """
 
 import argparse
@@ -15,6 +16,10 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+
+from llmprod import LLMProdError
+
+ON = "on"  # the first line of the process: the service has answered, the load begins
 
 
 async def client(
@@ -45,6 +50,7 @@ async def drive(url: str, texts: Sequence[str], clients: int, seconds: float) ->
     limits, seen = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients), []
     async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=30) as session:
         await session.post("/classify", json={"texts": [texts[0]]})
+        print(ON, flush=True)
         started = time.perf_counter()
         await asyncio.gather(*(client(session, texts, i, started + seconds, seen) for i in range(clients)))
         took = time.perf_counter() - started
@@ -65,9 +71,16 @@ async def drive(url: str, texts: Sequence[str], clients: int, seconds: float) ->
 
 
 def start(url: str, texts: Path, clients: int, seconds: float) -> subprocess.Popen:
-    """Starts a load test in another process; `result` waits for it."""
+    """Starts a load test in another process, and returns once it has its first answer; `result` waits for its end.
+
+    Raises LLMProdError if the service gives no answer.
+    """
     command = [sys.executable, "-m", __name__, url, str(texts), "--clients", str(clients), "--seconds", str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    if process.stdout.readline().strip() != ON:
+        process.wait()
+        raise LLMProdError(f"{url} gives no answer (the reason is above): start the service, then the load test.")
+    return process
 
 
 def result(process: subprocess.Popen) -> dict:
