@@ -439,6 +439,14 @@ def test_a_damaged_bundle_is_not_served(running, registry, made, tmp_path):
         files.write_json(registry.folder / "served.json", state)
 
 
+def test_a_bundle_in_anothers_folder_is_refused(registry, made, other):
+    """An id in `served.json` names the content, not the place."""
+    files_of(other.folder, registry.folder / "feedbeef")
+    with pytest.raises(bundle.BundleError, match=f"feedbeef holds the bundle {other.id}"):
+        registry.promote("feedbeef", "by hand")
+    assert registry.state()["current"] == made.id
+
+
 def test_a_shadow_answers_unseen(running, registry, other):
     registry.shadow(other.id)
     running.http.post("/reload")

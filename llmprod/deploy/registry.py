@@ -31,12 +31,18 @@ class Registry:
         return files.read_json(self.folder / STATE)
 
     def load(self, identity: str = "") -> Bundle:
-        """Reads a bundle of the folder by its id; by default the current one. Raises BundleError for an unknown id."""
+        """Reads a bundle of the folder by its id; by default the current one.
+
+        Raises BundleError for an unknown id, and for a folder that holds another bundle than its name says.
+        """
         identity = identity or self.state()["current"]
         folder = self.folder / identity
         if not identity.isalnum() or not folder.is_dir():
             raise BundleError(f"{self.folder} has no bundle '{identity}'.")
-        return bundle.load(folder)
+        made = bundle.load(folder)
+        if made.id != identity:
+            raise BundleError(f"{folder} holds the bundle {made.id}: name the folder so, or add that bundle anew.")
+        return made
 
     def add(self, made: Bundle) -> str:
         """Copies a bundle into the folder, under its id, and returns that. What is served does not change."""
