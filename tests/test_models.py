@@ -465,3 +465,14 @@ def test_a_script_that_no_font_has_is_named_once(install, recwarn, tmp_path, cap
     assert capsys.readouterr().out.count("CJK") == 1
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     plt.close("all")
+
+
+def test_weights_that_move_for_a_prediction_can_be_trained_later(monkeypatch):
+    """As they do on a GPU; the meta device stands in for one, up to the numbers that it does not have."""
+    predictor = models.Predictor.pretrained("minilm", ["a", "b"])
+    monkeypatch.setattr(models, "device_and_precision", lambda wanted: (torch.device("meta"), "fp32", ""))
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        predictor.infer(["a text"])
+    assert {p.device.type for p in predictor.model.parameters()} == {"meta"}
+    assert not any(p.is_inference() for p in predictor.model.parameters())
+    predictor.model.requires_grad_(True)

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, artifacts, files, machine, paths
@@ -208,10 +209,12 @@ def in_process(experiment: str, parameters: dict, jobs: int = 1) -> dict:
     It gets the `jobs`-th part of the processors, unless $OMP_NUM_THREADS says otherwise.
 
     Forked, if the system can, from a server that has imported everything and computed nothing: a fork of a process
-    whose threads have worked would wait for them for ever.
+    whose threads have worked would wait for them for ever. Not with a GPU: a library may use CUDA while it is imported
+    (JAX does, which bm25s imports where it is installed), and no fork can use it after that.
     """
-    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    if hasattr(os, "fork"):
+    forks = hasattr(os, "fork") and not torch.cuda.is_available()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
         context.set_forkserver_preload([experiment.partition(":")[0]])
     with context.Pool(1, initializer=begin_process, initargs=(jobs,)) as pool:
         return pool.apply(experiment_of(experiment), (parameters,))
