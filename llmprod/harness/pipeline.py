@@ -192,17 +192,28 @@ def bound_by(statement: ast.stmt) -> set[str]:
     return names | {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
 
 
+@cache
+def defined_in(tree: ast.Module) -> frozenset[str]:
+    """The names that a module defines, assigns or imports at its top."""
+    return frozenset().union(*map(bound_by, tree.body))
+
+
+@cache
+def nodes_of(tree: ast.AST, *kinds: type[ast.AST]) -> tuple[ast.AST, ...]:
+    """The nodes of these kinds, found once: ten notebooks import the same modules."""
+    return tuple(node for node in ast.walk(tree) if isinstance(node, kinds))
+
+
 def imports_of(tree: ast.AST) -> set[str]:
     """The modules of ours that code imports, anywhere in it. Raises LLMProdError for what can't be found."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(tree, ast.Import, ast.ImportFrom):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "llmprod"}
-        elif isinstance(node, ast.ImportFrom) and node.level:
+        elif node.level:
             raise LLMProdError("Relative imports are not followed: write the module's full name.")
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "llmprod":
-            defined = set().union(*map(bound_by, module_tree(node.module).body))
-            names = {alias.name for alias in node.names} - defined
+        elif node.module.split(".")[0] == "llmprod":
+            names = {alias.name for alias in node.names} - defined_in(module_tree(node.module))
             found |= {node.module} | {f"{node.module}.{name}" for name in names}  # not defined: must be a submodule
     for name in found:
         module_tree(name)
@@ -227,7 +238,7 @@ def data_files(module: str, tree: ast.Module) -> dict[str, str]:
 
     Not the registry of artifacts, of which only the entries count that a parameter names.
     """
-    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = {node.value for node in nodes_of(tree, ast.Constant) if isinstance(node.value, str)}
     near = {path.name: path for path in module_file(module).parent.iterdir() if path.name in named}
     data = {name: path for name, path in near.items() if path.suffix not in ("", ".py") or holds_data(path)}
     return {name: artifacts.checksum(str(data[name])) for name in sorted(set(data) - {"artifacts.yaml"})}
@@ -240,8 +251,22 @@ def holds_data(folder: Path) -> bool:
 
 def code_fingerprint(tree: ast.AST) -> str:
     """A fingerprint of code and of all modules of ours that it comes to import: whatever can change its numbers."""
-    modules = {name: [ast.dump(module), data_files(name, module)] for name, module in modules_of(tree).items()}
-    return hashlib.sha256(json.dumps([ast.dump(tree), modules], sort_keys=True).encode()).hexdigest()
+    modules = {name: [tree_fingerprint(module), data_files(name, module)] for name, module in modules_of(tree).items()}
+    return hashlib.sha256(json.dumps([tree_fingerprint(tree), modules], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def tree_fingerprint(tree: ast.AST) -> str:
+    """A fingerprint of code alone, reckoned once."""
+    return hashlib.sha256(json.dumps(plain_tree(tree), sort_keys=True).encode()).hexdigest()
+
+
+def plain_tree(node: object) -> object:
+    """A syntax tree as plain values without its empty fields, of which each version of Python has others."""
+    if isinstance(node, ast.AST):
+        fields = {name: plain_tree(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, fields]
+    return [plain_tree(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def part_of(module: str, function: str) -> ast.Module:
