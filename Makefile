@@ -6,6 +6,7 @@ STUDY    ?=
 BENCH    ?= training
 PARAMS   ?=
 SEEDS    ?= 0 1 2
+SAMPLE   ?= 3
 STORE    ?= runs/answers.sqlite
 PYTHON   ?= python3
 
@@ -14,7 +15,7 @@ VENV := $(or $(value VIRTUAL_ENV),$(value CONDA_PREFIX),.venv)
 BIN := $(VENV)/bin
 
 # What users write reaches the recipes as environment variables, as it is: neither make nor a shell reads it.
-VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS STORE PYTHON
+VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES) VENV BIN
 
@@ -26,10 +27,10 @@ READY        := $(call escaped,$(VENV)/.llmprod-ready)
 LLMPROD      := "$$BIN/python" -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify report bench bench-gpu fuzz reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify check report bench bench-gpu fuzz reference study lab lint pin sync clean
 
 help:  ## explain the targets
-	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods BENCH=training"
+	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything that notebooks and tests need, pinned
@@ -87,6 +88,9 @@ reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or a
 
 study: $(READY)  ## run the missing rows of STUDY, or of all studies (notebooks/studies.yaml)
 	$(LLMPROD) study $$STUDY
+
+check: $(READY)  ## run SAMPLE random rows of the studies again, and print the verdict on them
+	$(LLMPROD) study --check="$$SAMPLE"
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	"$$BIN/python" -m jupyterlab notebooks

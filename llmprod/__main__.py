@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("names", nargs="*", help="by default all")
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
     study.add_argument("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at a time (default: 1)")
+    study.add_argument("--check", type=number(int, 1), metavar="N", help="run N random rows again, and judge them")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     command("sync", sync, "upload offline W&B runs")
 
@@ -193,8 +194,10 @@ def measure_reference(options: argparse.Namespace) -> int:
 
 
 def run_studies(options: argparse.Namespace) -> int:
-    from llmprod.harness import study
+    from llmprod.harness import check, study
 
+    if options.check:
+        return int(check.show(options.check))
     for name in options.names or study.declared():
         ran = study.run(name, again=options.stale, jobs=options.jobs)
         print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {sum(study.stale(name))} of earlier code (stale)")

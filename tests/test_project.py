@@ -292,8 +292,8 @@ def test_make_hands_variables_on_as_they_are(make, text):
 
 def test_every_target_quotes_what_users_write(make):
     bad = "$(touch made)`touch made`;touch made"
-    for target in ("reproduce", "iterate", "verify", "report", "bench", "reference", "study", "lab"):
-        variables = dict.fromkeys(("PROFILE", "NOTEBOOK", "STUDY", "BENCH", "PARAMS", "SEEDS", "STORE"), bad)
+    for target in ("reproduce", "iterate", "verify", "report", "bench", "reference", "study", "check", "lab"):
+        variables = dict.fromkeys(("PROFILE", "NOTEBOOK", "STUDY", "BENCH", "PARAMS", "SEEDS", "SAMPLE", "STORE"), bad)
         assert make(target, **variables) and make(target, *(f"{name}={value}" for name, value in variables.items()))
     assert make("study", STUDY="methods rates") == [["llmprod", "study", "methods", "rates"]]
 

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import yaml
 
 from llmprod import LLMProdError, data, machine, paths
-from llmprod.harness import study
+from llmprod.harness import check, results, study
 
 
 @pytest.fixture
@@ -74,6 +75,38 @@ def test_a_study_runs_once_and_goes_on_where_it_stopped(tiny):
     assert study.styled(study.means("tiny", ["strategy"], ["accuracy"])).loc["plain", "accuracy"].endswith("(2)†")
     assert study.run("tiny", again=True) == 1 and not any(study.stale("tiny"))
     assert study.rows("tiny")[0]["metrics"] == first[0]["metrics"]
+
+
+def test_a_check_runs_rows_again_and_finds_what_drifted(tiny, capsys):
+    folder, declaration = tiny
+    declaration["tiny"] |= {"vary": {"strategy": ["plain"]}, "seeds": [0, 1, 2]}
+    (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
+    assert not check.show(3) and "Nothing to judge" in capsys.readouterr().out, "there is no row yet"
+    plan = study.grid("tiny")
+    row = study.measure(plan[0])
+    seeds = {study.key(p): row | {"key": study.key(p), "parameters": p, "code": study.code(p)} for p in plan}
+    draw = next(n for n in range(99) if np.random.default_rng(n).permutation(3)[0] == 0)  # of the measured one
+    for wrong in (0, 2):  # in the rows of all seeds, so that their spread stays
+        row["metrics"]["accuracy"] += wrong
+        study.write("tiny", seeds, seeds)
+        assert check.show(1, draw) == bool(wrong)
+        shown = capsys.readouterr().out
+        assert ("DRIFTED" in shown and "by 2" in shown) == bool(wrong) and "REPRODUCED" in shown
+
+
+def test_the_verdict_on_a_row_knows_what_is_usual(monkeypatch):
+    rows = [{"parameters": {"seed": s, "x": 1}, "metrics": {"accuracy": v}} for s, v in enumerate((0.90, 0.91, 0.92))]
+    monkeypatch.setattr(study, "rows", lambda name: rows)
+
+    def verdict(value):
+        (found,) = check.compare("any", rows[0], {"metrics": {"accuracy": value} if value else {}})
+        return found["verdict"], found["reason"]
+
+    assert verdict(0.90) == (results.REPRODUCED, "equal")
+    assert verdict(0.90 + 3 * 0.01 * 2**0.5 - 1e-6) == (results.REPRODUCED, "")
+    assert verdict(0.90 + 3 * 0.01 * 2**0.5 + 1e-6)[0] == verdict(None)[0] == results.DRIFTED
+    del rows[2]
+    assert verdict(0.90)[0] == results.REPRODUCED and verdict(0.901)[0] == results.NOT_COMPARABLE
 
 
 @pytest.fixture
