@@ -8,9 +8,12 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from llmprod import LLMProdError, paths
 from llmprod.harness import track
@@ -278,3 +281,22 @@ def test_table_takes_numpy_values(tmp_path, monkeypatch):
     run = track.start("01_data", {"seed": 0})
     run.table("t", pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     run.finish({}, {})
+
+
+def test_logarithmic_axes_show_numbers_not_formulas(tmp_path):
+    """The style takes a dollar in a label for a dollar, and matplotlib writes powers of ten as formulas."""
+    with plt.rc_context(), pd.option_context("styler.format.escape", None):
+        track.style()
+        figure, (left, right) = plt.subplots(1, 2)
+        left.plot([0.1, 1, 10], [1, 2, 3])
+        left.set(xscale="log", title="a $ sign, $x^2$")
+        right.plot([1, 2], [1_000, 1_000_000])
+        right.set(yscale="log")
+        logged = types.SimpleNamespace(log=lambda _: None, Image=str, add_figure=lambda *_, **__: None)
+        run = types.SimpleNamespace(folder=tmp_path, notebook="02", wandb=logged, kinds=logged, tensorboard=logged)
+        track.Run.figure(run, "logarithmic", figure)
+        shown = {text.get_text() for text in figure.findobj(Text)}
+        plt.close(figure)
+    assert {"0.1", "1", "10", "1,000", "1,000,000", "a $ sign, $x^2$"} <= shown
+    assert not any("mathdefault" in text for text in shown)
+    assert (tmp_path / "figures/02-logarithmic.png").exists()

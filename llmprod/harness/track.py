@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 
 from llmprod import LLMProdError, machine, paths
 
@@ -102,6 +103,7 @@ class Run:
         """Saves a figure as `figures/<notebook>-<name>.png` and logs it."""
         path = self.folder / "figures" / f"{self.notebook}-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        plain_numbers(figure)
         machine.drawable(figure)
         figure.savefig(path, dpi=120, bbox_inches="tight")
         self.wandb.log({f"figures/{name}": self.kinds.Image(str(path))})
@@ -183,6 +185,14 @@ def style() -> None:
             "text.parse_math": False,  # a dollar in a label is a dollar
         }
     )
+
+
+def plain_numbers(figure: plt.Figure) -> None:
+    """Labels logarithmic axes with plain numbers: matplotlib's are formulas, which `style` turns off."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), ticker.LogFormatter):
+            axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.15g}"))
+            axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def callback(run: Run):
