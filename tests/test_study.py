@@ -105,6 +105,9 @@ def test_the_verdict_on_a_row_knows_what_is_usual(monkeypatch):
     assert verdict(0.90) == (results.REPRODUCED, "equal")
     assert verdict(0.90 + 3 * 0.01 * 2**0.5 - 1e-6) == (results.REPRODUCED, "")
     assert verdict(0.90 + 3 * 0.01 * 2**0.5 + 1e-6)[0] == verdict(None)[0] == results.DRIFTED
+    rows[0]["metrics"]["accuracy"] = float("nan")  # what a curve never reached
+    assert verdict(float("nan")) == (results.REPRODUCED, "equal") and verdict(0.90)[0] == results.DRIFTED
+    rows[0]["metrics"]["accuracy"] = 0.90
     del rows[2]
     assert verdict(0.90)[0] == results.REPRODUCED and verdict(0.901)[0] == results.NOT_COMPARABLE
 

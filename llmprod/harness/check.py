@@ -60,7 +60,8 @@ def compare(name: str, row: Mapping, again: Mapping) -> list[dict]:
         new = again["metrics"].get(metric, math.nan)
         known = [metrics[metric] for metrics in others if metric in metrics]
         tolerance = max(FLOOR, 3 * math.sqrt(2) * float(np.std(known, ddof=1))) if len(known) > 2 else math.nan
-        verdict, reason = results.REPRODUCED, "equal" if math.isclose(new, value, rel_tol=1e-6) else ""
+        equal = np.isclose(new, value, rtol=1e-6, atol=0, equal_nan=True)  # NaN: what a curve never reaches
+        verdict, reason = results.REPRODUCED, "equal" if equal else ""
         if not reason and math.isnan(tolerance):
             verdict, reason = results.NOT_COMPARABLE, "fewer than three seeds say how much it usually moves"
         elif not reason and not abs(new - value) <= tolerance:  # so that a NaN drifts
