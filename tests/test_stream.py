@@ -953,6 +953,17 @@ def test_a_damaged_journal_is_named_or_read(tmp_path_factory, a_journal, changes
         assert str(path) in str(error)
 
 
+def test_a_damaged_name_of_a_table_is_one_message(a_journal, tmp_path):
+    """SQLite quotes the name in its message, which Python can't decode."""
+    damaged = a_journal.replace(b"CREATE TABLE cursors", b"CREATE TABLE \x80ursors").replace(
+        b"cursorscursors", b"\x80ursorscursors"
+    )
+    assert damaged != a_journal
+    (tmp_path / "journal.db").write_bytes(damaged)
+    with pytest.raises(NewsError, match=r"journal\.db is damaged"):
+        Journal(tmp_path / "journal.db")
+
+
 def test_a_full_disk_is_told_and_nothing_is_half(journal):
     pages = journal.db.execute("PRAGMA page_count").fetchone()[0]
     journal.db.execute(f"PRAGMA max_page_count = {pages + 2}")

@@ -109,8 +109,10 @@ class Journal:
             with _fixable(self.path):
                 self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
                 self._prepare()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, UnicodeDecodeError):  # SQLite's message names a damaged table, in bytes of no text
+                raise NewsError(f"{self.path} {DAMAGED}") from error
             raise
 
     def _prepare(self) -> None:
