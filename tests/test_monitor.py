@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pandas as pd
 import pytest
+import wandb
 
 from llmprod import models
 from llmprod.__main__ import main
@@ -394,6 +395,7 @@ def test_wandb_alerts_stay_offline_without_a_key(tmp_path, monkeypatch):
     channel = channels.Wandb()
     channel.send(ALERT)
     channel.run.finish()
+    wandb.teardown()  # W&B writes an offline run's file after finish() has returned; this waits for it
     assert list(tmp_path.rglob("offline-run-*"))
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"topic: earn" in stored and b"hidden" not in stored
