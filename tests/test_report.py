@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from llmprod import LLMProdError, data, files, paths
 from llmprod.evaluate import metrics
-from llmprod.harness import pipeline, report, results
+from llmprod.harness import examples, pipeline, report, results
 
 PROTOCOL = {"dataset": "d", "epochs": 2, "01_data": {"rows": 10}}
 
@@ -188,6 +188,127 @@ def test_what_is_broken_on_purpose_drifts(texts):
     assert verdicts(shuffled=True) == {"DRIFTED"}
     assert verdicts(wrong_split=True) == {"DRIFTED"}
     assert verdicts(off_by_one=True) == {"DRIFTED"}
+
+
+# Example by example: another model with as many mistakes
+
+
+def predicted(table, seed: int) -> pd.DataFrame:
+    """The predictions of TF-IDF + logistic regression, trained on texts that the seed draws, on one test split."""
+    train, test = (table[table["split"] == name] for name in ("train", "test"))
+    train, test = train.sample(1500, random_state=seed), test.head(600)
+    words = TfidfVectorizer(sublinear_tf=True).fit(train["text"])
+    model = LogisticRegression(C=10, max_iter=300).fit(words.transform(train["text"]), train["label"])
+    probabilities = model.predict_proba(words.transform(test["text"]))
+    return examples.table(test["text"], np.searchsorted(model.classes_, test["label"]), {"a": probabilities}, seed)
+
+
+@pytest.fixture(scope="module")
+def seeds(texts):
+    return pd.concat([predicted(texts, seed) for seed in range(1, 5)], ignore_index=True)
+
+
+def accuracy_of(part) -> float:
+    return float((part["prediction"] == part["truth"]).mean())
+
+
+def test_as_many_mistakes_on_other_texts_drift(seeds):
+    """The accuracy is that of a seed to the last digit."""
+    one = seeds[seeds["seed"] == 1].reset_index(drop=True)
+    wrong = (one["prediction"] != one["truth"]).to_numpy()
+    elsewhere = np.random.default_rng(0).permutation(np.flatnonzero(~wrong))[: wrong.sum()]
+    other = one.assign(prediction=one["truth"], seed=0)
+    other.loc[elsewhere, "prediction"] = (one["truth"] + 1) % 8
+    assert accuracy_of(other) == accuracy_of(one)
+    agrees, words = examples.judge(other, seeds)
+    assert not agrees
+    assert re.fullmatch(r"\d+ of 600 predictions differ from another seed's \(accuracy .*\); at most \d+ may", words)
+
+
+def test_new_seeds_agree_example_by_example(texts, seeds):
+    assert all(examples.judge(predicted(texts, seed), seeds)[0] for seed in range(10, 14))
+
+
+def test_with_the_same_seed_on_the_same_kind_of_machine_all_predictions_are_equal(texts, seeds):
+    again = predicted(texts, 3)
+    assert examples.judge(again, seeds) == (True, "0 of 600 predictions differ from the same seed's")
+    changed = again.assign(prediction=again["prediction"].where(again.index != 7, 1 - again["prediction"].clip(0, 1)))
+    agrees, words = examples.judge(changed, seeds)
+    assert not agrees and words.startswith("1 of 600 predictions differ from the same seed's (accuracy")
+    assert words.endswith("; at most 0 may")
+    assert examples.judge(changed.assign(machine="another"), seeds)[0], "another machine is at worst another seed"
+    alone = seeds[seeds["seed"] == 3]
+    assert examples.judge(changed.assign(machine="another"), alone)[0], "one seed says nothing of others"
+    assert examples.judge(changed.assign(id="unknown"), seeds) == (True, ""), "other texts: nothing to compare"
+    other_texts = seeds["id"] + seeds["seed"].astype(str)  # as in validation splits that the seed draws
+    few_in_common = seeds.assign(id=other_texts.where(seeds.groupby("seed").cumcount() > 50, seeds["id"]))
+    own = few_in_common[few_in_common["seed"] == 3]
+    wrong = own.assign(prediction=(own["prediction"] + 1) % 8, machine="another")
+    assert examples.judge(wrong, few_in_common)[0], "too few texts in common for a limit"
+    assert not examples.judge(wrong.assign(machine=own["machine"]), few_in_common)[0]
+
+
+def test_a_text_that_occurs_twice_is_two_examples():
+    table = examples.table(["a", "b", "a"], np.array([0, 1, 1]), {"s": np.eye(2)[[0, 1, 0]]}, 0)
+    assert table["id"].is_unique and examples.differences(table, table) == (3, 0, 0, 0)
+    other = table.assign(prediction=[1, 1, 1])
+    assert examples.differences(table, other) == (3, 2, 1, 1)
+
+
+def test_examples_decide_the_verdict_of_a_run(monkeypatch, tmp_path, seeds, texts):
+    """A score within its tolerance drifts where its predictions do; a damaged file is one message."""
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    (tmp_path / "reference").mkdir()
+    mine = seeds[seeds["seed"] == 3].assign(score="accuracy")
+    folder = tmp_path / "cpu"
+    (folder / "results").mkdir(parents=True)
+    expect = expected(accuracy_of(mine))
+    one = result(accuracy_of(mine), seed=3)
+
+    def judged() -> tuple[str, str]:
+        table = results.verdict({"03_evaluate": one}, expect, ["03_evaluate"], folder)
+        return table["verdict"][0], table["reason"][0]
+
+    examples.write(examples.of_run(folder, "03_evaluate"), mine)
+    assert judged() == ("REPRODUCED", ""), "the reference has no predictions"
+    examples.gather([examples.of_run(folder, "03_evaluate")], examples.of_reference("cpu", "03_evaluate"))
+    assert judged() == ("REPRODUCED", "0 of 600 predictions differ from the same seed's")
+    examples.write(examples.of_run(folder, "03_evaluate"), mine.assign(prediction=1 - mine["prediction"].clip(0, 1)))
+    assert judged()[0] == "DRIFTED" and "at most 0 may" in judged()[1]
+    examples.of_run(folder, "03_evaluate").write_bytes(b"PAR1")
+    with pytest.raises(LLMProdError, match=r"03_evaluate\.parquet is damaged .*run again"):
+        judged()
+
+
+@pytest.mark.parametrize("profile", ["cpu"])
+def test_the_references_predictions_give_its_scores(profile):
+    found = sorted((paths.REFERENCE / "examples" / profile).glob("*.parquet"))
+    assert [path.stem for path in found] == EXAMPLES
+    for path in found:
+        metrics_of = results.reference(profile)[path.stem]["metrics"]
+        for (score, seed), part in examples.read(path).groupby(["score", "seed"], observed=True):
+            assert accuracy_of(part) == pytest.approx(metrics_of[score]["value"][str(seed)]), (score, seed)
+            assert len(part) == metrics_of[score]["n"]
+
+
+def test_another_model_does_not_pass_for_the_fine_tuned_one():
+    """TF-IDF, and the frozen encoder, are as accurate on R8 as a seed of the fine-tuned model; the examples tell."""
+    found = examples.read(examples.of_reference("cpu", "03_evaluate"))
+    metrics_of = results.reference("cpu")["03_evaluate"]["metrics"]
+    tuned = found[found["score"] == "accuracy"]
+    for score in ("TF-IDF accuracy", "frozen encoder accuracy"):
+        for seed, part in found[found["score"] == score].groupby("seed"):
+            new = part.assign(seed=99)  # the run of a fresh seed, for which another model stands in
+            assert not examples.judge(new, tuned)[0], (score, seed)
+    for seed in tuned["seed"].unique():
+        others = tuned[tuned["seed"] != seed]
+        assert examples.judge(tuned[tuned["seed"] == seed], others)[0], "an honest new seed passes"
+    assert abs(metrics_of["TF-IDF accuracy"]["mean"] - metrics_of["accuracy"]["mean"]) < results.tolerance(
+        metrics_of["accuracy"]
+    ), "by its accuracy alone it would pass"
+
+
+EXAMPLES = ["02_finetune", "03_evaluate"]  # the notebooks whose accuracies are compared text by text
 
 
 # The committed reference

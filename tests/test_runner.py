@@ -217,8 +217,10 @@ HOSTILE = [
 ]
 SOURCE = """
 import json, os, pathlib, sys
+import numpy as np
 import pandas as pd
 from IPython.display import HTML, Javascript, Markdown, SVG, display
+from llmprod.harness import examples
 
 for label in LABELS:
     display(HTML(f"<b>{label}</b> <span style='background:rgba(1,2,3,0.5)'>word</span>"))
@@ -230,6 +232,7 @@ folder.mkdir(exist_ok=True)
 metrics = {"accuracy": {"value": 0.5, "n": 10}}
 result = {"notebook": "tiny", "seed": seed, "metrics": metrics, "protocol": {"text": text}}
 (folder / "tiny.json").write_text(json.dumps(result | {"speeds": {"peak memory, MB": 1.0}}))
+examples.write(folder / "tiny.parquet", examples.table(["a", "b"], [0, 1], {"accuracy": np.eye(2)}, seed))
 print(sys.executable)
 """
 
@@ -343,6 +346,15 @@ def test_a_file_that_was_changed_after_the_run_is_called_edited(tiny, name):
     (tiny / name).unlink()
     assert verdicts(tiny) == {"MISSING"}
     assert not runner.is_up_to_date("tiny", pipeline.settings("cpu", {"text": '"; import os; x = "'}), tiny)
+
+
+def test_predictions_that_were_changed_or_deleted_after_the_run_are_edited(tiny):
+    path = tiny / "results/tiny.parquet"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert verdicts(tiny) == {"EDITED"}
+    path.unlink()
+    table = results.verify(tiny)
+    assert set(table["verdict"]) == {"EDITED"} and "results/tiny.parquet" in table["reason"][0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seal": 1}', '{"fingerprint": 1}', "null"])

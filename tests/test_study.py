@@ -181,6 +181,14 @@ def test_a_row_of_uncommitted_code_is_refused(monkeypatch, tmp_path):
         study.require_commit()
 
 
+def test_the_rows_before_it_do_not_make_a_rows_commit_uncommitted(monkeypatch):
+    """They are tracked, so that the second row of a study would name a changed checkout."""
+    monkeypatch.setattr(machine, "git_commit", lambda: "0123456789ab+")
+    monkeypatch.setattr(study, "in_process", lambda *_: {"metrics": {}, "speeds": {}})
+    row = study.measure({"experiment": "weak labels", "dataset": "sentiment-human", "seed": 0})
+    assert row["provenance"]["commit"] == "0123456789ab"
+
+
 def test_a_run_has_a_process_of_its_own():
     parameters = {"model": "minilm", "max_length": 16}
     assert study.in_process("builtins:dict", parameters) == parameters

@@ -15,7 +15,7 @@ import yaml
 
 from llmprod import LLMProdError, machine, paths
 from llmprod.files import read_json, write_json
-from llmprod.harness import track
+from llmprod.harness import examples, track
 from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
@@ -29,6 +29,7 @@ def record(
     counts: Mapping[str, int] | None = None,
     speeds: Mapping[str, float] | None = None,
     checksums: Mapping[str, str] | None = None,
+    predictions: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Writes a notebook's results to `results/<notebook>.json`, ends its tracking, and compares with the reference.
 
@@ -39,6 +40,7 @@ def record(
         counts: whole numbers, judged in the same way
         speeds: numbers that depend on the machine; shown, never judged
         checksums: name -> fingerprint of data and model
+        predictions: the examples behind some of the scores (`examples.table`), compared one by one with the reference's
 
     Returns the notebook's verdict table.
     """
@@ -58,9 +60,11 @@ def record(
         "speeds": {name: float(f"{value:.4g}") for name, value in speeds.items()},
         "protocol": protocol,
     }
+    if predictions is not None:
+        examples.write(examples.of_run(run.folder, run.notebook), predictions)
     write_json(run.folder / "results" / f"{run.notebook}.json", result)
     run.finish({name: metric["value"] for name, metric in metrics.items()} | result["speeds"], checksums)
-    return verdict({run.notebook: result}, reference(run.folder.name), [run.notebook])
+    return verdict({run.notebook: result}, reference(run.folder.name), [run.notebook], run.folder)
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -71,7 +75,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 def stamp_of(folder: Path, notebook: str) -> dict[str, object]:
     """What the runner wrote when a notebook was done: `fingerprint` and `seal`; {} where that is not to be had."""
-    if not all((folder / name).is_file() for name in sealed(notebook)):
+    if not all((folder / name).is_file() for name in (f"results/{notebook}.json", f"{notebook}.ipynb")):
         return {}
     try:
         stamp = read_json(folder / "work" / notebook / "done.json")
@@ -80,25 +84,25 @@ def stamp_of(folder: Path, notebook: str) -> dict[str, object]:
     return stamp if isinstance(stamp, dict) and isinstance(stamp.get("seal"), dict) else {}
 
 
-def sealed(notebook: str) -> list[str]:
-    """The files of a run's folder that nobody may change after the run: a notebook's result and its executed copy."""
-    return [f"results/{notebook}.json", f"{notebook}.ipynb"]
-
-
 def seal(folder: Path, notebook: str) -> dict[str, str]:
-    """The sha256 of each of the files of `sealed`."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sealed(notebook)}
+    """The sha256 of each file of a run that nobody may change afterwards: result, executed copy, predictions if any."""
+    names = [f"results/{notebook}.json", f"{notebook}.ipynb", f"results/{notebook}.parquet"]
+    return {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names if (folder / n).is_file()}
 
 
 def edited(folder: Path, notebook: str) -> list[str]:
-    """Which of the files of `sealed` are not as the runner left them; none where the notebook was not finished."""
-    stamp = stamp_of(folder, notebook)
-    return (
-        [name for name, digest in seal(folder, notebook).items() if stamp["seal"].get(name) != digest] if stamp else []
-    )
+    """Which of the files of `seal` are not as the runner left them; none where the notebook was not finished."""
+    sealed, found = stamp_of(folder, notebook).get("seal", {}), seal(folder, notebook)
+    return [name for name in sealed | found if sealed and sealed.get(name) != found.get(name)]
 
 
 # Reference and verdict
+
+
+def judged_by(profile: str) -> str:
+    """The profile whose reference judges a run: its own, or `cpu` for a run outside the profiles."""
+    own = (paths.REFERENCE / f"{profile}.json").exists() or (paths.PROFILES / f"{profile}.yaml").exists()
+    return profile if own else "cpu"
 
 
 def reference(profile: str) -> dict:
@@ -106,9 +110,7 @@ def reference(profile: str) -> dict:
 
     Raises LLMProdError where the file is damaged, or a mean or deviation does not follow from the values beside it.
     """
-    path = paths.REFERENCE / f"{profile}.json"
-    if not path.exists() and not (paths.PROFILES / f"{profile}.yaml").exists():
-        path = paths.REFERENCE / "cpu.json"
+    path = paths.REFERENCE / f"{judged_by(profile)}.json"
     if not path.exists():
         return {}
     try:
@@ -188,11 +190,17 @@ def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
     return figures.get(notebook, {}).get(named[0], [])
 
 
-def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: list[str]) -> pd.DataFrame:
-    """The verdict table, one row for each metric: published, reference, yours, tolerance, verdict and its reason."""
+def verdict(
+    found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: list[str], folder: Path | None = None
+) -> pd.DataFrame:
+    """The verdict table, one row for each metric: published, reference, yours, tolerance, verdict and its reason.
+
+    With the run's folder, also the predictions behind a score are compared, example by example.
+    """
     rows = []
     for notebook in notebooks:
         mine, theirs = found.get(notebook), expected.get(notebook)
+        predicted = {} if folder is None or mine is None else by_example(folder, notebook)
         others = published(notebook, (theirs or mine or {}).get("protocol", {}))
         for name in (theirs or mine or {"metrics": ["(everything)"]})["metrics"]:
             other = next((o for o in others if o["metric"] == name), None)
@@ -206,15 +214,35 @@ def verdict(found: Mapping[str, dict], expected: Mapping[str, dict], notebooks: 
                     "reference": spread(metric) if metric else "",
                     "yours": "" if value is None else number(value),
                     "tolerance": number(tolerance(metric)) if metric else "",
-                    **judge(mine, theirs, metric, value),
+                    **judge(mine, theirs, metric, value, predicted.get(name)),
                 }
             )
     columns = ["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, value: float | None) -> dict[str, str]:
-    """The verdict on one metric, and the reason if it is not REPRODUCED."""
+def by_example(folder: Path, notebook: str) -> dict[str, tuple[bool, str]]:
+    """For each score of which run and reference have the predictions: whether they agree, and how they differ."""
+    mine = examples.read(examples.of_run(folder, notebook))
+    theirs = examples.read(examples.of_reference(judged_by(folder.name), notebook))
+    if mine is None or theirs is None:
+        return {}
+    scores = dict(list(theirs.groupby("score", observed=True)))
+    parts = mine.groupby("score", observed=True)
+    return {score: examples.judge(part, scores[score]) for score, part in parts if score in scores}
+
+
+def judge(
+    mine: Mapping | None,
+    theirs: Mapping | None,
+    metric: Mapping | None,
+    value: float | None,
+    predicted: tuple[bool, str] | None = None,
+) -> dict[str, str]:
+    """The verdict on one metric, and its reason.
+
+    A score is reproduced if it lies within the tolerance and, where there are predictions (`by_example`), these agree.
+    """
     if mine is None:
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
     if metric is None:
@@ -224,16 +252,17 @@ def judge(mine: Mapping | None, theirs: Mapping | None, metric: Mapping | None, 
         return {"verdict": NOT_COMPARABLE, "reason": "; ".join(unlike)}
     if value is None:  # only now: other data may not have what a metric needs
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
-    distance = abs(value - metric["mean"])
+    distance, (agrees, words) = abs(value - metric["mean"]), predicted or (True, "")
     if not distance <= tolerance(metric) + 1e-9:  # so that a NaN drifts
-        return {"verdict": DRIFTED, "reason": f"{distance:.4f} from the reference mean"}
-    return {"verdict": REPRODUCED, "reason": ""}
+        words = f"{distance:.4f} from the reference mean" + (f"; {words}" if words else "")
+        return {"verdict": DRIFTED, "reason": words}
+    return {"verdict": REPRODUCED if agrees else DRIFTED, "reason": words}
 
 
 def verify(folder: Path, notebooks: list[str] | None = None) -> pd.DataFrame:
     """The verdict table of a run's folder, over the notebooks of the run; by default over all."""
     notebooks = list(pipeline()) if notebooks is None else notebooks
-    table = verdict(results(folder), reference(folder.name), notebooks)
+    table = verdict(results(folder), reference(folder.name), notebooks, folder)
     for notebook in notebooks:
         if names := edited(folder, notebook):
             reason = f"changed after the run: {', '.join(names)}; delete it and run again"

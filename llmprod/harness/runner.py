@@ -13,7 +13,7 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from llmprod import LLMProdError, files, machine, paths
-from llmprod.harness import pipeline, results
+from llmprod.harness import examples, pipeline, results
 from llmprod.harness.pipeline import declared, fingerprint, settings, source_hash, with_upstream
 
 # what a web page of a run may load: its own styles and figures, nothing from elsewhere, no script
@@ -62,7 +62,11 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
 
     target, stamp = folder / f"{notebook}.ipynb", fingerprint(notebook, injected)
     done, result = folder / "work" / notebook / "done.json", folder / "results" / f"{notebook}.json"
-    for outdated in (done, result):  # so that no verdict is given on the results of an earlier state
+    for outdated in (
+        done,
+        result,
+        examples.of_run(folder, notebook),
+    ):  # so that no verdict is given on the results of an earlier state
         outdated.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
@@ -231,6 +235,9 @@ def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -
     if notebook:
         summaries = results.reference(profile_name) | summaries
     measured = {name: summaries[name] for name in everything if name in summaries}
+    for name in notebooks:
+        sources = [examples.of_run(folder, name) for folder in folders.values()]
+        examples.gather(sources, examples.of_reference(profile_name, name))
     files.write_json(target, {"profile": profile_name, "seeds": seeds, "notebooks": measured})
     run(everything, profile_name, {}, paths.REPORTS / profile_name)
     return target

@@ -178,7 +178,7 @@ def measure(parameters: Mapping[str, object], jobs: int = 1) -> dict[str, object
     stamp = {
         "minutes": round((time.time() - started) / 60, 2),
         "machine": machine.describe() + (f", {jobs} runs at a time" if jobs > 1 else ""),
-        "commit": machine.git_commit(),
+        "commit": machine.git_commit().removesuffix("+"),  # the rows before this one change the checkout, not the code
         "versions": machine.versions(machine.SHOWN),
     }
     return {"key": key(parameters), "code": fingerprint, "parameters": parameters, **found, "provenance": stamp}
@@ -271,12 +271,15 @@ def table(name: str) -> pd.DataFrame:
     )
 
 
-def means(name: str, by: list[str], metrics: list[str]) -> pd.DataFrame:
+def means(name: str, by: list[str], metrics: list[str], where: Mapping[str, object] | None = None) -> pd.DataFrame:
     """Mean, standard deviation, number of seeds and staleness of each metric, for each setting of `by`.
 
-    The settings stand in declared order; a mean is stale if the row of any of its seeds is.
+    The settings stand in declared order; a mean is stale if the row of any of its seeds is. `where`: only rows with
+    these values of parameters.
     """
     parts, found = ["mean", "sd", "seeds", "stale"], table(name)
+    for parameter, value in (where or {}).items() if len(found) else ():
+        found = found[found[parameter] == value]
     if found.empty:
         index = pd.MultiIndex.from_arrays([[] for _ in by], names=by)
         return pd.DataFrame(columns=pd.MultiIndex.from_product([metrics, parts]), index=index)
