@@ -185,8 +185,10 @@ def test_the_rows_before_it_do_not_make_a_rows_commit_uncommitted(monkeypatch):
     """They are tracked, so that the second row of a study would name a changed checkout."""
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789ab+")
     monkeypatch.setattr(study, "in_process", lambda *_: {"metrics": {}, "speeds": {}})
-    row = study.measure({"experiment": "weak labels", "dataset": "sentiment-human", "seed": 0})
-    assert row["provenance"]["commit"] == "0123456789ab"
+    for changed, plus in (([], ""), (["llmprod/a.py"], "+")):  # code that was changed while the study ran is named
+        monkeypatch.setattr(study, "uncommitted", lambda changed=changed: changed)
+        row = study.measure({"experiment": "weak labels", "dataset": "sentiment-human", "seed": 0})
+        assert row["provenance"]["commit"] == "0123456789ab" + plus
 
 
 def test_a_run_has_a_process_of_its_own():

@@ -62,11 +62,8 @@ def execute(notebook: str, injected: Mapping[str, dict], folder: Path, label: st
 
     target, stamp = folder / f"{notebook}.ipynb", fingerprint(notebook, injected)
     done, result = folder / "work" / notebook / "done.json", folder / "results" / f"{notebook}.json"
-    for outdated in (
-        done,
-        result,
-        examples.of_run(folder, notebook),
-    ):  # so that no verdict is given on the results of an earlier state
+    # so that no verdict is given on the results of an earlier state
+    for outdated in (done, result, examples.of_run(folder, notebook)):
         outdated.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()

@@ -178,7 +178,8 @@ def measure(parameters: Mapping[str, object], jobs: int = 1) -> dict[str, object
     stamp = {
         "minutes": round((time.time() - started) / 60, 2),
         "machine": machine.describe() + (f", {jobs} runs at a time" if jobs > 1 else ""),
-        "commit": machine.git_commit().removesuffix("+"),  # the rows before this one change the checkout, not the code
+        # the rows before this one change the checkout, not the code
+        "commit": machine.git_commit().removesuffix("+") + "+" * bool(uncommitted()),
         "versions": machine.versions(machine.SHOWN),
     }
     return {"key": key(parameters), "code": fingerprint, "parameters": parameters, **found, "provenance": stamp}
@@ -191,15 +192,23 @@ def write(name: str, plan: Mapping[str, dict], new: Mapping[str, dict]) -> None:
         temporary.write_text("".join(json.dumps(found[k]) + "\n" for k in plan if k in found), encoding="utf-8")
 
 
-def require_commit() -> None:
-    """Raises LLMProdError unless the code of a run is that of a commit (so also outside of a git checkout)."""
+def uncommitted() -> list[str] | None:
+    """The files of the code of runs that differ from their commit; None outside of a git checkout."""
     command = ["git", "-C", str(paths.ROOT), "status", "--porcelain", "--", "llmprod", "notebooks/studies.yaml"]
     try:
-        changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        raise LLMProdError("Studies run in a git checkout: a row names the commit that made it. Clone it.") from None
+        return None
+    return [line[3:] for line in found]
+
+
+def require_commit() -> None:
+    """Raises LLMProdError unless the code of a run is that of a commit (so also outside of a git checkout)."""
+    changed = uncommitted()
+    if changed is None:
+        raise LLMProdError("Studies run in a git checkout: a row names the commit that made it. Clone it.")
     if changed:
-        names = ", ".join(line[3:] for line in changed[:5])
+        names = ", ".join(changed[:5])
         raise LLMProdError(f"A row names the commit that made it, and {names} differ from it. Commit, then run again.")
 
 
