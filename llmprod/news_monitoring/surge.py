@@ -61,14 +61,18 @@ def arl(score: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
     return (np.expm1(score) - score) / kl_drift(share, settings)
 
 
+def exponent(x: np.ndarray) -> np.ndarray:
+    """The y with exp(y) - y - 1 = x, by Newton's method."""
+    with np.errstate(invalid="ignore"):
+        y = np.log1p(x + np.sqrt(2 * x))
+        for _ in range(3):
+            y = y - (np.expm1(y) - y - x) / np.maximum(np.expm1(y), 1e-12)
+    return np.where(np.isfinite(x), y, np.inf)
+
+
 def threshold_for_arl(documents: np.ndarray, share: np.ndarray, settings: Settings) -> np.ndarray:
     """The inverse of `arl`, in nats; not below `freeze`, nor below what a single document can add."""
-    x = np.asarray(documents * kl_drift(share, settings), dtype=float)
-    with np.errstate(invalid="ignore"):
-        score = np.log1p(x + np.sqrt(2 * x))
-        for _ in range(3):  # Newton's method on exp(score) - score - 1 = x
-            score = score - (np.expm1(score) - score - x) / np.maximum(np.expm1(score), 1e-12)
-    score = np.where(np.isfinite(x), score, np.inf)
+    score = exponent(np.asarray(documents * kl_drift(share, settings), dtype=float))
     return np.maximum(score, max(settings.freeze, math.log(settings.ratio)))
 
 
@@ -156,6 +160,7 @@ class Alert(NamedTuple):
     severity: share / baseline; too high when the alarm is raised, because it is raised where documents look worst
     evidence: log likelihood ratio of a surge since the change point (nats)
     causes: [document, its part of the evidence (nats)], the largest first
+    said: the same in words
     """
 
     time: float
@@ -166,6 +171,7 @@ class Alert(NamedTuple):
     severity: float
     evidence: float
     causes: list[list]
+    said: str
 
 
 @dataclass
@@ -216,8 +222,10 @@ class Cusum:
         was, self.on = self.on, bool(hysteresis(self.on, now["score"], limit, self.release))
         if was or not self.on:
             return None
-        shares = now["baseline"], now["recent"], now["recent"] / now["baseline"]
-        return Alert(float(time), self.since, now["run"], *shares, now["evidence"], self.causes)
+        usual, lately = now["baseline"], now["recent"]
+        said = f"{lately:.0%} negative against {usual:.0%} ({lately / usual:.1f} times)"
+        found = usual, lately, lately / usual, now["evidence"], self.causes, said
+        return Alert(float(time), self.since, now["run"], *found)
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Cusum":

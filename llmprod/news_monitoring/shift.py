@@ -1,0 +1,236 @@
+"""Sequential detection of a shift of a stream's mood: a CUSUM of ratings, standardised by the stream's own past."""
+
+import heapq
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.special import expit, logit
+
+from llmprod.news_monitoring.documents import DAY, NewsError
+from llmprod.news_monitoring.surge import Alert, State, exponent, hysteresis
+
+YEAR = 365.25  # days
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the test of a key assumes. A key is the whole stream, a topic, a company or a currency.
+
+    drift: half the shift to be found, in standard deviations of a document's rating: .1 finds one of .2 soonest
+    warmup, days: documents and days from which level and spread are learnt before the test begins
+    memory: documents of the past that count for level and spread later on
+    cut: a rating counts as at most so many standard deviations from the level, so that no outlier raises an alarm
+    prior: days for which a day's ratings are taken to be independent, before the stream itself has told
+    freeze: at this share of the threshold and above nothing is learnt, so that a shift can't be learnt
+    patience: unless it has lasted for so many documents: then it is the new level
+    """
+
+    drift: float = 0.1
+    warmup: int = 100
+    days: float = 28.0
+    memory: float = 2000.0
+    cut: float = 3.0
+    prior: float = 10.0
+    freeze: float = 0.5
+    patience: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (self.drift > 0 and self.warmup > 1 and self.days >= 0 and self.memory >= self.warmup):
+            raise NewsError(f"{self}: drift and warmup must be above 0, and memory at least warmup.")
+
+
+def threshold(every: np.ndarray, settings: Settings) -> np.ndarray:
+    """The score at which to raise an alarm for one false alarm in so many documents.
+
+    The in-control average run length of a CUSUM of independent normal values of variance 1 and mean -d, started at 0,
+    is (exp(y) - y - 1) / (2 d²) with y = 2 d (threshold + 1.166) (Siegmund 1985, 2.6 and 10.16). That level and spread
+    are estimates would raise the rate of false alarms; that they are learnt on while the score climbs lowers it by
+    about as much (`tests/test_shift.py` counts them).
+    """
+    height = exponent(2 * settings.drift**2 * np.asarray(every, dtype=float)) / (2 * settings.drift)
+    return np.maximum(height - 1.166, settings.cut)
+
+
+def start(streams: int = 1) -> State:
+    """The state of so many streams before the first document, an array (streams,) for each name.
+
+    count, mean, squares: documents that were learnt, with forgetting; their mean; sum of their squared deviations
+    ratio, dates: sum over days of a day's squared sum of deviations, as a multiple of what independent documents
+        have; and the number of days
+    sum, number, before, mean_before: of the current day: deviations, documents, and count and mean at its beginning
+    score, run: the CUSUM, and documents since it was last 0
+    """
+    names = "count mean squares ratio dates sum number before mean_before score run"
+    return {name: np.zeros(streams) for name in names.split()}
+
+
+def close_day(state: State, settings: Settings) -> State:
+    """Judges at a day's end how much documents of one day resemble each other.
+
+    With n documents of the day, variance s² and N learnt before, the squared sum of n independent deviations is
+    n s² (1 + n / N) on average. News of one day are alike, and the ratio says by how much; the test divides by it.
+    """
+    number, before = state["number"], state["before"]
+    counts = (number > 0) & (before >= settings.warmup)
+    variance = state["squares"] / np.maximum(state["count"], 1)
+    expected = np.maximum(number * variance * (1 + number / np.maximum(before, 1)), 1e-9)
+    ended = {"ratio": state["ratio"] + np.where(counts, state["sum"] ** 2 / expected, 0)}
+    ended |= {"dates": state["dates"] + counts, "sum": 0 * number, "number": 0 * number}
+    return state | ended | {"before": state["count"], "mean_before": state["mean"]}
+
+
+def step(state: State, values: np.ndarray, limit: np.ndarray, settings: Settings) -> tuple[State, np.ndarray]:
+    """One document in each stream: the next state, and its standardised rating, positive for bad news.
+
+    The score is max(0, score + rating - drift) (Page 1954), with the rating's distance from the level in standard
+    deviations of a document, divided by the root of `close_day`'s ratio.
+
+    Args:
+        state: from `start` or from here
+        values: the higher, the worse the news (streams,), on a scale on which quiet news are roughly normal
+        limit: the threshold (streams,), which the score does not exceed; inf in the warm-up, in which it stays 0
+    """
+    spread = np.sqrt(np.maximum(state["squares"] / np.maximum(state["count"], 1), 1e-9))
+    alike = np.sqrt((settings.prior + state["ratio"]) / (settings.prior + state["dates"]))
+    testing = np.isfinite(limit)
+    away = np.where(testing, np.clip((values - state["mean"]) / spread, -settings.cut, settings.cut), 0)
+    score = np.where(testing, np.clip(state["score"] + away / alike - settings.drift, 0, limit), 0)
+    after = {"score": score, "run": np.where(score > 0, state["run"] + 1, 0)}
+
+    # As in `surge.step`: whether to learn is decided before the document counts.
+    learn = ~testing | (state["score"] < settings.freeze * limit) | (state["run"] >= settings.patience)
+    kept = np.where(testing, state["mean"] + away * spread, values)  # without outliers
+    keep = np.where(learn & testing, 1 - 1 / settings.memory, 1)
+    count = state["count"] * keep + learn
+    moved = kept - state["mean"]
+    mean = state["mean"] + learn * moved / np.maximum(count, 1)
+    after |= {"count": count, "mean": mean, "squares": state["squares"] * keep + learn * moved * (kept - mean)}
+    after |= {"sum": state["sum"] + learn * (kept - state["mean_before"]), "number": state["number"] + learn}
+    return state | after, away
+
+
+@dataclass
+class Shift:
+    """A test of one key, live. `asdict` gives its state for JSON, `from_dict` reads it back.
+
+    allowed: false alarms a year; may be changed between documents
+    release: an alarm ends below this share of the threshold, and the score starts again from 0
+    keep: how many of the worst documents an alert has
+    longest: days that are remembered of those since the score was last 0
+    first, seen, day: time of the first document, how many there were, and the day of the last
+    days: of each such day [time of its first document, documents, sum of their ratings, the worst: [document, rating]]
+    """
+
+    settings: Settings
+    allowed: float
+    release: float = 0.5
+    keep: int = 5
+    on: bool = False
+    seen: int = 0
+    first: float | None = None
+    day: int = 0
+    longest: int = 60
+    days: list[list] = field(default_factory=list)
+    state: dict[str, list] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = self.state or {name: value.tolist() for name, value in start().items()}
+
+    @property
+    def ready(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.seen >= self.settings.warmup and self.day - self.first // DAY >= self.settings.days
+
+    def limit(self) -> float:
+        """The threshold of now: the allowed false alarms a year, in documents of this key; inf in the warm-up."""
+        if not self.ready:
+            return math.inf
+        a_year = self.seen / (self.day + 1 - self.first // DAY) * YEAR
+        return float(threshold(a_year / self.allowed, self.settings))
+
+    def update(self, time: float, probability: float, document: str | int | None = None) -> Alert | None:
+        """Sees the next document; an Alert if it raises the alarm. Arguments as in `surge.Cusum.update`.
+
+        The log odds of a calibrated probability are a straight line of the rating (`PlattScaling`), so that both give
+        the same standardised rating.
+        """
+        if not 0 <= probability <= 1:
+            raise NewsError(f"{probability} is not a probability: it must be between 0 and 1.")
+        before, day = {name: np.array(value) for name, value in self.state.items()}, int(time // DAY)
+        if self.first is None:
+            self.first, self.day = float(time), day
+        if day > self.day:
+            before, self.day = close_day(before, self.settings), day
+        limit = self.limit()
+        value = logit(np.clip([probability], 0.001, 0.999))
+        after, away = step(before, value, np.array([limit]), self.settings)
+        was, self.on = self.on, bool(hysteresis(self.on, after["score"][0], limit, self.release))
+        if was and not self.on:  # it starts again, so that one long shift is not told twice
+            after |= {name: np.zeros(1) for name in ("score", "run")}
+        self.state = {name: value.tolist() for name, value in after.items()}
+        self._remember(float(time), self.seen if document is None else document, float(away[0]))
+        self.seen += 1
+        return None if was or not self.on else self.alert(float(time))
+
+    def _remember(self, time: float, document: str | int, rating: float) -> None:
+        """Keeps what an alert will need of the days since the score was last 0."""
+        if self.state["run"][0] <= 1:
+            self.days = []
+        if self.state["run"][0] == 0:
+            return
+        if not self.days or self.day > self.days[-1][0] // DAY:
+            self.days = [*self.days, [time, 0, 0.0, []]][-self.longest :]
+        start, number, total, worst = self.days[-1]
+        worst = heapq.nlargest(self.keep, [*worst, [document, rating]], key=lambda pair: pair[1])
+        self.days[-1] = [start, number + 1, total + rating, worst]
+
+    def alert(self, time: float) -> Alert:
+        """What a reader is told of an alarm that was raised now.
+
+        The shift began on the day from which on the ratings are the least likely for quiet ones: where their sum is
+        the largest against the root of their number (the likelihood ratio of a shift of unknown size).
+        """
+        numbers, sums = (np.array([day[k] for day in self.days])[::-1].cumsum()[::-1] for k in (1, 2))
+        since = int(np.argmax(sums / np.sqrt(numbers)))
+        documents, size = int(numbers[since]), float(sums[since] / numbers[since])
+        causes = heapq.nlargest(self.keep, (pair for day in self.days[since:] for pair in day[3]), key=lambda p: p[1])
+        now = {name: value[0] for name, value in self.state.items()}
+        spread = math.sqrt(now["squares"] / now["count"])
+        usual, lately = float(expit(now["mean"])), float(expit(now["mean"] + size * spread))
+        rare = f"{12 / self.allowed:.0f} months" if self.allowed > 0.5 else f"{1 / self.allowed:.0f} years"
+        said = f"{size:.1f} standard deviations worse than its usual level; expected by chance once in {rare}"
+        return Alert(time, self.days[since][0], documents, usual, lately, size, now["score"], causes, said)
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Shift":
+        """The detector that `dataclasses.asdict` was called on."""
+        return cls(**saved | {"settings": Settings(**saved["settings"])})
+
+
+def replay(
+    values: np.ndarray, days: np.ndarray, allowed: np.ndarray, settings: Settings, release: float = 0.5
+) -> State:
+    """Many streams at once, as `Shift` sees them: `score`, `limit` and `raised` (streams, documents).
+
+    Args:
+        values: as in `step` (streams, documents)
+        days: of the documents, in ascending order (documents,)
+        allowed: false alarms a year, of all streams or of each (streams,)
+    """
+    state, on = start(len(values)), np.zeros(len(values), dtype=bool)
+    found = {name: np.zeros(values.shape) for name in ("score", "limit", "raised")}
+    limit = np.full(len(values), math.inf)
+    for number, (day, column) in enumerate(zip(days, values.T, strict=True)):
+        if number and day > days[number - 1]:
+            state = close_day(state, settings)
+        if number >= settings.warmup and day - days[0] >= settings.days:
+            a_year = number / (day + 1 - days[0]) * YEAR
+            limit = np.broadcast_to(threshold(a_year / allowed, settings), len(values))
+        state, _ = step(state, column, limit, settings)
+        was, on = on, hysteresis(on, state["score"], limit, release)
+        ended = was & ~on
+        state |= {name: np.where(ended, 0, state[name]) for name in ("score", "run")}
+        for name, value in (("score", state["score"]), ("limit", limit), ("raised", on & ~was)):
+            found[name][:, number] = value
+    return found

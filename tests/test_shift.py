@@ -1,0 +1,126 @@
+"""The test of a shift in mood: false alarms as asked for, live as in replay, what it finds and what it leaves alone."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logit
+
+from llmprod.news_monitoring import shift
+from llmprod.news_monitoring.documents import DAY, NewsError
+
+QUICK = shift.Settings(warmup=20, days=2, memory=200)
+
+
+def quiet(streams: int, a_day: int, years: float, alike: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ratings of quiet days, whose documents share a part of their mood, and the days."""
+    random = np.random.default_rng(seed)
+    days = np.arange(round(a_day * (365 * years + 28))) // a_day
+    moods = alike * random.standard_normal((streams, days[-1] + 1))
+    return random.standard_normal((streams, len(days))) + moods[:, days], days
+
+
+def live(values: np.ndarray, days: np.ndarray, allowed: float, assumed: shift.Settings, **more) -> list:
+    """A detector that saw them one by one, and its alerts."""
+    detector = shift.Shift(assumed, allowed, **more)
+    places = np.arange(len(days)) - np.searchsorted(days, days)
+    times = DAY * (days + (places + 1) / 1000)
+    return [detector, [detector.update(t, float(expit(v))) for t, v in zip(times, values, strict=True)]]
+
+
+@pytest.mark.parametrize(("a_day", "alike"), [(4, 0.0), (4, 0.2), (20, 0.0), (20, 0.2)])
+def test_two_hundred_quiet_years_raise_the_false_alarms_that_were_asked_for(a_day, alike):
+    """Two a year: 400 are expected, with a standard deviation of 20; a fifth more or less is within the promise."""
+    values, days = quiet(200, a_day, 1.0, alike)
+    raised = shift.replay(values, days, np.array(2.0), shift.Settings())["raised"]
+    assert 320 <= raised.sum() <= 480
+    per_half_year = [part.sum() for part in np.array_split(raised[:, 28 * a_day :], 2, axis=1)]
+    assert min(per_half_year) > 130, "as many soon after the warm-up as later"
+
+
+def test_a_shift_is_found_and_no_other_key_hears_of_it():
+    values, days = quiet(50, 20, 0.4, 0.1)
+    begin = np.searchsorted(days, 100)
+    moved = values.copy()
+    moved[:, begin:] += 0.4
+    found = shift.replay(moved, days, np.array(0.5), shift.Settings())["raised"]
+    after = found[:, begin:].argmax(axis=1)
+    assert found[:, begin:].any(axis=1).mean() >= 0.9
+    assert np.median(after[after > 0]) < 200, "ten days of 20 documents"
+    better = values.copy()
+    better[:, begin:] -= 0.4
+    assert shift.replay(better, days, np.array(0.5), shift.Settings())["raised"][:, begin:].sum() <= 1, "good news"
+
+
+def test_documents_of_one_day_that_are_alike_do_not_raise_alarms():
+    """Without its ratio the same test raises several times as many."""
+    values, days = quiet(100, 40, 0.5, 0.4)
+    asked = np.array(2.0)
+    found = shift.replay(values, days, asked, shift.Settings())["raised"].sum()
+    deaf = shift.replay(values, days, asked, shift.Settings(prior=1e9))["raised"].sum()
+    assert found <= 1.3 * 100 * 2 * 0.5 < 3 * 100 * 2 * 0.5 < deaf
+
+
+@settings(max_examples=20)  # each one is some 200 documents, three times
+@given(st.integers(0, 10_000), st.sampled_from([0.5, 4.0, 40.0]))
+def test_live_is_as_in_replay_and_survives_its_json(seed, allowed):
+    values, days = quiet(1, 5, 0.1, 0.3, seed)
+    values[0, 150:200] += 2
+    found = shift.replay(values, days, np.array(allowed), QUICK)
+    half = len(days) // 2
+    first, alerts = live(values[0, :half], days[:half], allowed, QUICK)
+    again = shift.Shift.from_dict(json.loads(json.dumps(asdict(first), allow_nan=False)))
+    _, whole = live(values[0], days, allowed, QUICK)
+    assert [alert is not None for alert in whole] == found["raised"][0].astype(bool).tolist()
+    places = np.arange(len(days)) - np.searchsorted(days, days)
+    times = DAY * (days + (places + 1) / 1000)
+    alerts += [again.update(t, float(expit(v))) for t, v in zip(times[half:], values[0, half:], strict=True)]
+    assert alerts == whole
+
+
+def test_an_alert_says_what_a_reader_needs():
+    values, days = quiet(1, 20, 0.3, 0.0)
+    values[0, 1200:1400] += 1.0
+    _, alerts = live(values[0], days, 1.0, shift.Settings())
+    (alert,) = filter(None, alerts)
+    assert DAY * 58 < alert.since < DAY * 61, "the shift began on day 60"
+    assert alert.said.endswith("standard deviations worse than its usual level; expected by chance once in 12 months")
+    assert 0.6 < alert.severity < 1.8 and alert.share > alert.baseline
+    assert alert.documents <= 100 and all(1180 <= document < 1400 for document, _ in alert.causes)
+
+
+def test_a_lasting_shift_is_told_once_and_becomes_the_level():
+    values, days = quiet(1, 20, 1.5, 0.0)
+    values[0, 2000:] += 1.0
+    detector, alerts = live(values[0], days, 0.2, replace(shift.Settings(), patience=500))
+    assert sum(alert is not None for alert in alerts) == 1
+    assert not detector.on and detector.state["mean"][0] == pytest.approx(1.0, abs=0.15)
+
+
+def test_an_outlier_raises_nothing_and_a_warm_up_neither():
+    assumed = replace(QUICK, warmup=50, days=10)
+    values, days = quiet(1, 5, 0.1, 0.0)
+    values[0, ::40] = logit(0.999)
+    assert not any(live(values[0], days, 1.0, assumed)[1])
+    detector, alerts = live(np.full(49, 5.0), np.arange(49), 100.0, assumed)
+    assert not detector.ready and not any(alerts) and detector.limit() == math.inf
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_a_stream_without_spread_is_quiet(value):
+    detector, alerts = shift.Shift(QUICK, 10.0), []
+    for number in range(400):
+        alerts.append(detector.update(DAY * number / 10, value))
+    assert detector.ready and not any(alerts)
+    assert all(math.isfinite(x) for column in detector.state.values() for x in column)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(NewsError, match="not a probability"):
+        shift.Shift(QUICK, 1.0).update(0.0, math.nan)
+    with pytest.raises(NewsError, match="drift"):
+        shift.Settings(drift=0)
