@@ -47,8 +47,7 @@ def parser() -> argparse.ArgumentParser:
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     command("sync", sync, "upload offline W&B runs")
 
-    text = "answer a customer's question, or turns of a dialogue from standard input"
-    answer = command("answer", answer_question, text)
+    answer = command("answer", answer_question, "answer a question, or turns of a dialogue from standard input")
     answer.add_argument("question", nargs="?", default="", help="one question")
     answer.add_argument("--dialogue", action="store_true", help="a turn in each line; an empty line reopens the case")
     bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
@@ -86,14 +85,15 @@ def parser() -> argparse.ArgumentParser:
     models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
     watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
     watch.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster")
-    text = "one false alarm in N documents of a topic or company"
+    text = "a month, of all that is watched together: the test of a shift from a key's own past (%(default)s)"
+    watch.add_argument("--false-alarms", type=number(float), default=1.0, metavar="N", help=text)
+    text = "test instead for a surge of negatives among texts like the models', one false alarm in N documents of a key"
     watch.add_argument("--every", type=number(float), default=0, metavar="N", help=text)
     watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
     watch.add_argument("--lateness", type=number(float), default=3600.0, help="seconds that a document may come late")
     watch.add_argument("--keep", type=number(int, 1), default=100_000, metavar="N", help="documents whose text is kept")
     watch.add_argument("--pause", type=number(float), default=5.0, help="seconds to wait when nothing came")
-    text = "list the monitor's alerts; acknowledge and judge them; export the texts behind judged ones"
-    alerts = command("alerts", judge_alerts, text, journal)
+    alerts = command("alerts", judge_alerts, "list and judge the monitor's alerts; export texts behind them", journal)
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
@@ -296,7 +296,7 @@ def opened_store(place: str) -> object:
 
 def monitor_stream(options: argparse.Namespace) -> int:
     from llmprod import machine
-    from llmprod.news_monitoring import channels, monitor, sources
+    from llmprod.news_monitoring import channels, monitor, shift, sources
     from llmprod.news_monitoring.journal import Journal
     from llmprod.news_monitoring.scorer import Scorer
 
@@ -305,8 +305,9 @@ def monitor_stream(options: argparse.Namespace) -> int:
     followed = [sources.open_source(word) for word in options.source]
     told = [channels.open_channel(word) for word in options.alert or ["console"]]
     scorer = Scorer(Path(options.models), options.precision, options.every)
+    detector = scorer.config.detector if options.every else shift.allowing(options.false_alarms)
     with Journal(options.journal) as journal:
-        watching = monitor.Monitor(scorer, journal, scorer.config.detector, told, options.lateness, keep=options.keep)
+        watching = monitor.Monitor(scorer, journal, detector, told, options.lateness, keep=options.keep)
         counts = monitor.run(watching, followed, options.once, options.pause)
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
     return 0
@@ -326,8 +327,8 @@ def judge_alerts(options: argparse.Namespace) -> int:
         if options.export:
             results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
         found = journal.alerts()
-    shown = ["id", "key", "severity", "count", "acknowledged", "right"]
-    print("no alerts yet" if found.empty else results.markdown(found[shown].astype(object).fillna("")))
+    found = found.reindex(columns=["id", "key", "said", "count", "acknowledged", "right"]).astype(object).fillna("")
+    print("no alerts yet" if found.empty else results.markdown(found))
     return 0
 
 

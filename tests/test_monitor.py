@@ -25,7 +25,7 @@ from llmprod.__main__ import main
 from llmprod.evaluate import drift
 from llmprod.financial_sentiment import multitask, sentiment
 from llmprod.financial_sentiment.entities import Entity
-from llmprod.news_monitoring import channels, monitor, sources
+from llmprod.news_monitoring import channels, monitor, shift, sources
 from llmprod.news_monitoring.documents import DAY, HEAD, LIMIT, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import Journal
@@ -52,22 +52,23 @@ def by_words(documents):
     ]
 
 
-def news(count: int, surge_from: int = 10**9, seed: int = 0) -> list[dict]:
-    """Documents of two topics, an hour's worth each minute; from a place on those of one are mostly negative."""
+def news(count: int, surge_from: int = 10**9, seed: int = 0, apart: int = 60) -> list[dict]:
+    """Documents of two topics, so many seconds apart; from a place on those of one are mostly negative."""
     draw, rows = random.Random(seed), []
     for i in range(count):
         acme = draw.random() < 0.7
         bad = draw.random() < (0.6 if acme and i >= surge_from else 0.1)
         words = " ".join(draw.choice(("north", "east", "red", "blue", "old", "new", "iron", "glass")) for _ in range(6))
         text = f"{'Acme' if acme else 'Boat'} {draw.choice(BAD if bad else FINE)} {words} {i} {i * 7}"
-        rows.append({"id": str(i), "time": START + 60 * i, "text": text})
+        rows.append({"id": str(i), "time": START + apart * i, "text": text})
     return rows
 
 
-def watch(folder, channels=(), lateness=0.0):
-    """A monitor with a small detector, on a journal in a folder."""
+def watch(folder, channels=(), lateness=0.0, kind="surge"):
+    """A monitor with a small detector of a kind, on a journal in a folder."""
     config = MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), threshold=10_000.0, share=0.1)
-    return monitor.Monitor(by_words, Journal(folder / "journal.sqlite"), config.detector, channels, lateness)
+    detector = config.detector if kind == "surge" else shift.allowing(0.2)
+    return monitor.Monitor(by_words, Journal(folder / "journal.sqlite"), detector, channels, lateness)
 
 
 def write(path, rows):
@@ -76,16 +77,20 @@ def write(path, rows):
 
 def without_ids(state):
     """The state of a detector, without the ids, in which the file's name counts."""
-    return state and state | {"causes": [weight for _, weight in state["causes"]]}
+    causes = state and (state["causes"] if "causes" in state else [cause for day in state["days"] for cause in day[3]])
+    return state and state | {"causes": [weight for _, weight in causes], "days": None}
 
 
-def state_of(journal):
+def state_of(journal, name=""):
     """Everything that must not depend on kills: documents, detectors, alerts."""
     alerts = journal.alerts()
     seen = monitor.seen(journal)
     return (
         seen[["time", "text", "negative", "fed"]].to_dict("records"),
-        [without_ids(journal.state(key)) for key in ("topic: earn", "topic: ship", "company: acme")],
+        [
+            without_ids(journal.state(name + key))
+            for key in ("topic: earn", "topic: ship", "company: acme", shift.WHOLE)
+        ],
         alerts.reindex(columns=["time", "key", "count"]).sort_values(["time", "key"]).to_dict("records"),
     )
 
@@ -131,7 +136,7 @@ while kills < 50:
     child = os.fork()
     if child == 0:
         try:
-            watching = watch(folder, [channels.Log(folder / "alerts.jsonl")])
+            watching = watch(folder, [channels.Log(folder / "alerts.jsonl")], kind=sys.argv[3])
             monitor.run(watching, [sources.Tail(folder / "in.jsonl", batch=4)], once=True)
         finally:
             os._exit(0)
@@ -143,25 +148,28 @@ while kills < 50:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path):
-    rows = news(1500, surge_from=600)
+@pytest.mark.parametrize("kind", ["surge", "shift"])
+def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path, kind):
+    name = "" if kind == "surge" else shift.Shift.name
+    rows = news(1500, surge_from=600 if kind == "surge" else 1000, apart=60 if kind == "surge" else 3600)
     rows = rows + random.Random(1).sample(rows, 60)  # repeats
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "in.jsonl", rows)
-    quiet = watch(tmp_path / "whole", [channels.Log(tmp_path / "whole" / "alerts.jsonl")])
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "in.jsonl", rows)
+    quiet = watch(tmp_path / "whole", [channels.Log(tmp_path / "whole" / "alerts.jsonl")], kind=kind)
     monitor.run(quiet, [sources.Tail(tmp_path / "whole" / "in.jsonl", batch=4)], once=True)
 
-    killer = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "0"]
+    killer = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "0", kind]
     done = subprocess.run(killer, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "50"
-    again = watch(tmp_path / "killed", [channels.Log(tmp_path / "killed" / "alerts.jsonl")])
+    again = watch(tmp_path / "killed", [channels.Log(tmp_path / "killed" / "alerts.jsonl")], kind=kind)
     before = len(again.journal.recent())
     assert before > 0  # it got somewhere between the kills
     monitor.run(again, [sources.Tail(tmp_path / "killed" / "in.jsonl", batch=4)], once=True)
 
-    assert state_of(again.journal) == state_of(quiet.journal)
+    assert state_of(again.journal, name) == state_of(quiet.journal, name)
+    assert again.journal.state("ready") == quiet.journal.state("ready")
     logs = [(tmp_path / name / "alerts.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     alerts = [sorted((alert["time"], alert["key"]) for alert in map(json.loads, log)) for log in logs]
     assert alerts[0] == alerts[1] and alerts[0] and len(set(logs[1])) == len(logs[1])
@@ -209,7 +217,7 @@ def receiver():
     server.shutdown()
 
 
-ALERT = {"id": "abc", "key": "topic: earn", "severity": 3.0, "documents": []}
+ALERT = {"id": "abc", "key": "topic: earn", "said": "60% negative", "documents": []}
 
 
 def test_a_webhook_is_signed_and_repeated_until_it_is_taken(receiver, monkeypatch):
@@ -351,6 +359,7 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     write(tmp_path / "in.jsonl", rows)
     journal = ("--journal", str(tmp_path / "memory" / "journal.sqlite"))
     arguments = ("monitor", "--source", str(tmp_path / "in.jsonl"), "--models", str(trained), "--once", *journal)
+    arguments = (*arguments, "--every", "70")
     done = llmprod(*arguments, "--alert", "console", "--alert", str(tmp_path / "alerts.jsonl"))
     assert done.returncode == 0, done.stderr
     assert "ALERT" in done.stdout
@@ -367,6 +376,37 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     assert "nonsense" in capsys.readouterr().err
     assert main(["monitor", "--source", str(tmp_path / "no such file"), *journal]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path):
+    """Two months of a few documents a day, then bad news; and a journal in which another test's detectors are."""
+    bad, good = ("terrible loss after fraud", "disaster ruined hope"), ("wonderful award", "splendid and happy year")
+    draw, rows = random.Random(0), []
+    for i in range(900):
+        words = draw.choice(bad if draw.random() < (0.3 if i < 700 else 0.8) else good)
+        place = " ".join(draw.choice(("north", "east", "red", "blue", "old", "new", "iron", "glass")) for _ in range(8))
+        rows.append({"text": f"{words} in the {place} town", "time": 1e9 + 8000 * i})
+    write(tmp_path / "in.jsonl", rows)
+    journal = ("--journal", str(tmp_path / "journal.sqlite"))
+    arguments = ("monitor", "--source", str(tmp_path / "in.jsonl"), "--models", str(trained), "--once", *journal)
+    done = llmprod(*arguments, "--false-alarms", "0.1", "--alert", "console", "--alert", str(tmp_path / "alerts.jsonl"))
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "alerts.jsonl").read_text().splitlines()[0])
+    assert 1e9 + 8000 * 690 < first["since"] <= first["time"] < 1e9 + 8000 * 790
+    assert f"{first['key']}: {first['said']}; since 20" in done.stdout and "standard deviations worse" in first["said"]
+    assert all("fraud" in document["text"] or "ruined" in document["text"] for document in first["documents"])
+    assert llmprod(*arguments, "--every", "70").returncode == 0, "the other test has its own past in the journal"
+    assert "false-alarms" in llmprod(*arguments, "--false-alarms", "0").stderr
+
+
+def test_keys_share_the_false_alarms_that_are_allowed(tmp_path):
+    watching = watch(tmp_path, kind="shift")
+    write(tmp_path / "in.jsonl", news(1500, apart=3600))
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
+    keys = ("topic: earn", "topic: ship", "company: acme")
+    allowed = [watching.journal.state(shift.Shift.name + key)["allowed"] for key in (*keys, shift.WHOLE)]
+    assert watching.journal.state("ready") == 3
+    assert allowed == pytest.approx([2.4 / 6] * 3 + [2.4 / 2]), "a fifth of one a month is 2.4 a year"
 
 
 def test_a_signal_ends_it_cleanly_and_it_goes_on(trained, tmp_path):
@@ -477,6 +517,7 @@ def test_no_document_forges_an_alert_on_the_console(tmp_path, capsys):
     text = "fine\nALERT forged \x1b[2J\u202e\rALERT"
     alert = ALERT | {
         "key": "topic: a\nb\x1b[0m",
+        "since": START,
         "share": 0.5,
         "baseline": 0.1,
         "count": 3,

@@ -73,7 +73,7 @@ def test_live_is_as_in_replay_and_survives_its_json(seed, allowed):
     found = shift.replay(values, days, np.array(allowed), QUICK)
     half = len(days) // 2
     first, alerts = live(values[0, :half], days[:half], allowed, QUICK)
-    again = shift.Shift.from_dict(json.loads(json.dumps(asdict(first), allow_nan=False)))
+    again = shift.Shift(QUICK, allowed).with_past(json.loads(json.dumps(asdict(first), allow_nan=False)))
     _, whole = live(values[0], days, allowed, QUICK)
     assert [alert is not None for alert in whole] == found["raised"][0].astype(bool).tolist()
     places = np.arange(len(days)) - np.searchsorted(days, days)

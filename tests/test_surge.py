@@ -148,7 +148,7 @@ def test_the_state_survives_json_at_any_point(documents, assumed, point):
     whole, stopped = surge.Cusum(assumed, 1.0), surge.Cusum(assumed, 1.0)
     for number, (time, probability) in enumerate(documents):
         if number == point:
-            stopped = surge.Cusum.from_dict(json.loads(json.dumps(asdict(stopped), allow_nan=False)))
+            stopped = surge.Cusum(assumed, 1.0).with_past(json.loads(json.dumps(asdict(stopped), allow_nan=False)))
         assert whole.update(time, probability, f"d{number}") == stopped.update(time, probability, f"d{number}")
     assert asdict(whole) == asdict(stopped)
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -23,8 +24,8 @@ class Console:
     def send(self, alert: dict) -> None:
         """Prints an alert above the progress line; what comes from documents without control characters."""
         tqdm.write(
-            f"ALERT {alert['id']}  {shown(alert['key'], 100)}: {alert['share']:.0%} negative against "
-            f"{alert['baseline']:.0%} ({alert['severity']:.1f} times), since {alert['count']} documents",
+            f"ALERT {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; since {_when(alert['since'])}, "
+            f"{alert['count']} documents",
             file=sys.stdout,
         )
         for document in alert["documents"][:3]:
@@ -53,6 +54,11 @@ class Log:
             start = b"\n" if file.read() not in (b"", b"\n") else b""
             file.write(start + json.dumps(alert, ensure_ascii=False).encode() + b"\n")
         self.ids.add(alert["id"])
+
+
+def _when(seconds: float) -> str:
+    """A time as people write it, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _alert_id(line: bytes) -> str:
@@ -130,7 +136,7 @@ class Wandb:
     def send(self, alert: dict) -> None:
         """Sends an alert, with its first documents as text."""
         text = "\n".join(document["text"][:200] for document in alert["documents"][:3])
-        self.run.alert(title=f"{alert['key']}: {alert['severity']:.1f} times as many negatives", text=text)
+        self.run.alert(title=f"{alert['key']}: {alert['said']}", text=text)
 
 
 def open_channel(word: str) -> Console | Log | Webhook | Wandb:

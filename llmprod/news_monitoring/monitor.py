@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from llmprod import LLMProdError
-from llmprod.news_monitoring import surge
+from llmprod.news_monitoring import shift, surge
 from llmprod.news_monitoring.documents import DAY, HOUR, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import DAMAGED, Journal, ready
@@ -46,7 +46,7 @@ class Monitor:
         self,
         scorer: Callable[[Sequence[Document]], list[dict]],
         journal: Journal,
-        detector: Callable[[str], surge.Cusum],
+        detector: Callable[[str], surge.Cusum | shift.Shift],
         channels: Sequence = (),
         lateness: float = 3600.0,
         keep: int = 100_000,
@@ -54,7 +54,8 @@ class Monitor:
         """
         Args:
             scorer: documents -> scores with topic, negative (probability) and about (the same by company or currency)
-            detector: makes one for a topic or company that is new, from its key
+            detector: makes one for a topic or company that is new, from its key; where it makes a `shift.Shift`, the
+                whole stream is a key too, and all keys share the false alarms that it allows
             channels: where alerts go
             lateness: seconds that a document may come late and still be put in order of time before it is watched
             keep: the newest documents whose texts and scores stay in the journal; about a kilobyte each
@@ -65,6 +66,8 @@ class Monitor:
             raise NewsError(f"lateness is {lateness} and keep {keep}: give seconds and documents from 0 on.")
         self.scorer, self.journal, self.detector = scorer, journal, detector
         self.channels, self.lateness, self.keep = list(channels), lateness, keep
+        kind = detector(shift.WHOLE)
+        self.whole, self.allowed, self.ready = isinstance(kind, shift.Shift), getattr(kind, "allowed", 0.0), 0
         self.counts, self.problems, self.stopping = Counter(), {}, []
         self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
         self.newest = 0.0  # event time of the newest document
@@ -104,7 +107,8 @@ class Monitor:
         with self.journal.transaction():
             for name, cursor in cursors.items():
                 self.journal.set_cursor(name, cursor)
-            detectors: dict[str, surge.Cusum] = {}
+            detectors: dict[str, surge.Cusum | shift.Shift] = {}
+            self.ready = self.journal.state("ready", 0)
             late = self.journal.late()
             # A watermark follows the newest of what was read: it waits for the end of what was there at first.
             fed = [] if behind and not last else ready(self.journal, self.lateness, flush=last)
@@ -113,7 +117,8 @@ class Monitor:
             except (KeyError, TypeError, ValueError) as error:  # scores were checked when they were written
                 raise NewsError(f"{self.journal.path} {DAMAGED}") from error
             for key, detector in detectors.items():
-                self.journal.set_state(key, asdict(detector))
+                self.journal.set_state(detector.name + key, asdict(detector))
+            self.journal.set_state("ready", self.ready)
             late = self.journal.late() - late
             if self._suspects and not behind:
                 self._suspects.clear()
@@ -190,19 +195,26 @@ class Monitor:
                 raise NewsError(f"The model's topic {scores['topic']} is not a text.")
         return found
 
-    def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum]) -> int:
+    def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum | shift.Shift]) -> int:
         """Updates the detectors of a document's topic, companies and currencies; alerts go into the outbox.
 
         Returns how many alerts there were.
         """
-        alerts = 0
-        for key, probability in {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}.items():
+        alerts, keys = 0, {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}
+        if self.whole:
+            keys = {shift.WHOLE: scores["negative"], **keys}
+        for key, probability in keys.items():
             if key not in detectors:
                 detectors[key] = self.detector(key)
-                if state := self.journal.state(key):  # the past is the journal's; settings are of this run
-                    now = {name: asdict(detectors[key])[name] for name in ("settings", "threshold")}
-                    detectors[key] = surge.Cusum.from_dict(state | now)
-            alarm = detectors[key].update(document.time, probability, document.id)
+                if state := self.journal.state(detectors[key].name + key):
+                    detectors[key] = detectors[key].with_past(state)
+            detector = detectors[key]
+            if self.whole:
+                waited = not detector.ready
+                detector.allowed = self.allowed * shift.part(key, self.ready)
+            alarm = detector.update(document.time, probability, document.id)
+            if self.whole and waited and detector.ready and key != shift.WHOLE:
+                self.ready += 1
             if alarm:
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]
                 found = alarm._asdict() | {"key": key, "count": alarm.documents}

@@ -2,7 +2,9 @@
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import expit, logit
@@ -11,6 +13,7 @@ from llmprod.news_monitoring.documents import DAY, NewsError
 from llmprod.news_monitoring.surge import Alert, State, exponent, hysteresis
 
 YEAR = 365.25  # days
+WHOLE = "all news"  # the key of the whole stream
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ def step(state: State, values: np.ndarray, limit: np.ndarray, settings: Settings
 
 @dataclass
 class Shift:
-    """A test of one key, live. `asdict` gives its state for JSON, `from_dict` reads it back.
+    """A test of one key, live. `asdict` gives its state for JSON, `with_past` reads it back.
 
-    allowed: false alarms a year; may be changed between documents
+    allowed: false alarms a year; may be changed between documents, as `part` says
     release: an alarm ends below this share of the threshold, and the score starts again from 0
     keep: how many of the worst documents an alert has
     longest: days that are remembered of those since the score was last 0
@@ -122,6 +125,7 @@ class Shift:
     days: of each such day [time of its first document, documents, sum of their ratings, the worst: [document, rating]]
     """
 
+    name: ClassVar[str] = "shift, "  # of its state in a journal, before the key
     settings: Settings
     allowed: float
     release: float = 0.5
@@ -202,10 +206,25 @@ class Shift:
         said = f"{size:.1f} standard deviations worse than its usual level; expected by chance once in {rare}"
         return Alert(time, self.days[since][0], documents, usual, lately, size, now["score"], causes, said)
 
-    @classmethod
-    def from_dict(cls, saved: dict) -> "Shift":
-        """The detector that `dataclasses.asdict` was called on."""
-        return cls(**saved | {"settings": Settings(**saved["settings"])})
+    def with_past(self, saved: dict) -> "Shift":
+        """The detector that `dataclasses.asdict` was called on, with the settings of this one."""
+        return Shift(**saved | {"settings": self.settings, "allowed": self.allowed})
+
+
+def allowing(a_month: float) -> Callable[[str], Shift]:
+    """Makes detectors for keys that may raise so many false alarms a month together. Raises NewsError for none."""
+    if not 0 < a_month < math.inf:
+        raise NewsError(f"false-alarms is {a_month:g}: give a number a month above 0, such as 0.1.")
+    return lambda key: Shift(Settings(), 12 * a_month)
+
+
+def part(key: str, ready: int) -> float:
+    """The part of the allowed false alarms that a key has, when so many keys besides the whole stream are tested.
+
+    The whole stream has half of them and the others share the other half, so that together they keep to what is
+    allowed however many there are (Bonferroni); until another key is tested the whole stream has all.
+    """
+    return 1 / (2 * ready if key != WHOLE else 2) if ready else 1.0
 
 
 def replay(

@@ -3,7 +3,7 @@
 import heapq
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -176,13 +176,14 @@ class Alert(NamedTuple):
 
 @dataclass
 class Cusum:
-    """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `from_dict` reads it back.
+    """A CUSUM that watches one topic live. `asdict` gives its state for JSON, `with_past` reads it back.
 
     threshold: the ARL (documents) at which an alarm is raised, and the cap; choose it with `operating_curve`
     release: see `hysteresis`
     keep: how many causes are remembered
     """
 
+    name: ClassVar[str] = ""  # of its state in a journal, before the key
     settings: Settings
     threshold: float
     release: float = 0.5
@@ -227,7 +228,6 @@ class Cusum:
         found = usual, lately, lately / usual, now["evidence"], self.causes, said
         return Alert(float(time), self.since, now["run"], *found)
 
-    @classmethod
-    def from_dict(cls, saved: dict) -> "Cusum":
-        """The detector that `dataclasses.asdict` was called on."""
-        return cls(**saved | {"settings": Settings(**saved["settings"])})
+    def with_past(self, saved: dict) -> "Cusum":
+        """The detector that `dataclasses.asdict` was called on, with the settings and the threshold of this one."""
+        return Cusum(**saved | {"settings": self.settings, "threshold": self.threshold})
