@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.signal import lfilter
 
+from llmprod.news_monitoring import shift
 from llmprod.news_monitoring.documents import DAY, NewsError
 from llmprod.news_monitoring.surge import Evidence, arl, hysteresis, threshold_for_arl
 
@@ -87,6 +88,30 @@ def simulate(
     truth = rng.random(shape) < np.minimum(np.reshape(baseline, (-1, 1)) * raised, 0.95)
     documents = np.where(truth, rng.choice(pools[1], shape), rng.choice(pools[0], shape))
     return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
+
+
+def quiet_years(
+    values: np.ndarray, days: np.ndarray, keys: int, years: int, allowed: float = 1.0, seed: int = 0
+) -> float:
+    """False alarms a year of so many keys together, the whole stream among them, on years made of quiet days.
+
+    A year is made of days that are drawn with replacement, so that documents of one day stay together (a block
+    bootstrap); four more weeks are the warm-up. Keys are independent of each other, which is the worst case.
+
+    Args:
+        values, days: as in `shift.replay`, of the quiet part (documents,); each day counts with as many documents as
+            the one with the fewest
+        allowed: false alarms a year that are asked for
+    """
+    numbers, counts = np.unique(days, return_counts=True)
+    blocks = np.stack([values[days == day][: counts.min()] for day in numbers])
+    random, raised, length = np.random.default_rng(seed), 0.0, 365 + 28
+    for key in range(keys):
+        streams = blocks[random.integers(0, len(blocks), (years, length))].reshape(years, -1)
+        mine = allowed * shift.part("one of them" if key else shift.WHOLE, keys - 1)
+        calendar = np.repeat(np.arange(length), counts.min())
+        raised += shift.replay(streams, calendar, np.array(mine), shift.Settings())["raised"].sum()
+    return float(raised / years)
 
 
 # Evaluation

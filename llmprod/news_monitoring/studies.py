@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 
 from llmprod.financial_sentiment import multitask, sentiment, weak_labels
 from llmprod.financial_sentiment.studies import timed, training_of
-from llmprod.news_monitoring import shift, streams
+from llmprod.news_monitoring import shift, simulate, streams
 
 
 def bag_of_words(train: pd.DataFrame, texts: Sequence[str]) -> np.ndarray:
@@ -34,13 +34,14 @@ def alarms(parameters: Mapping[str, object]) -> dict:
     """Trains the encoder of `12_financial_sentiment`; rates two streams with it, with VADER and with a bag of words.
 
     For each: days from the stream's beginning to the first alarm (NaN without one), and how many alarms there are, at
-    `false_alarms` a year that are allowed by chance; and those of `naive` on the encoder's ratings.
+    `false_alarms` a year that are allowed by chance; and those of `naive` on the encoder's ratings. For the headlines
+    also how many false alarms there are in years made of their quiet days, by the number of keys (`quiet_years`).
     """
     train, _, test = sentiment.split_half(sentiment.load(), parameters["seed"])
     tasks = multitask.rating_tasks(train, parameters["borrowed"], "", parameters["seed"])
     predictor, seconds = timed(multitask.train_multitask, tasks, **training_of(parameters))
     metrics = {"r": float(np.corrcoef(multitask.rate(predictor, test["text"]), test["rating"])[0, 1])}
-    settings, allowed = shift.Settings(), np.array(float(parameters["false_alarms"]))
+    settings, allowed = shift.Settings(), float(parameters["false_alarms"])
     speeds = {"training, s": seconds}
     for name in streams.STREAMS:
         stream = streams.load(name)
@@ -49,11 +50,15 @@ def alarms(parameters: Mapping[str, object]) -> dict:
         speeds[f"{name}, rating, texts/s"] = len(texts) / spent
         ratings = {"encoder": own, "VADER": weak_labels.vader(texts), "bag of words": bag_of_words(train, texts)}
         raised = {
-            reader: shift.replay(-values[None], days, allowed, settings)["raised"][0] > 0
+            reader: shift.replay(-values[None], days, np.array(allowed), settings)["raised"][0] > 0
             for reader, values in ratings.items()
         }
         raised["naive rule"] = naive(-own, days, settings.days)
         for reader, alarm in raised.items():
             first = float(days[alarm.argmax()] - days[0]) if alarm.any() else float("nan")
             metrics |= {f"{name}, {reader}, first alarm, day": first, f"{name}, {reader}, alarms": int(alarm.sum())}
+        quiet = (stream["date"] < streams.QUIET.get(name, stream["date"].min())).to_numpy()
+        for keys in (1, 5, 30) if quiet.any() else ():
+            by_chance = simulate.quiet_years(-own[quiet], days[quiet], keys, 200, allowed, parameters["seed"])
+            metrics[f"{name}, false alarms a year, keys: {keys}"] = by_chance
     return {"metrics": metrics, "speeds": speeds}
