@@ -1,5 +1,6 @@
 """Dated news whose past is known, for trying a detector on, and the stock index of the same days."""
 
+import numpy as np
 import pandas as pd
 
 from llmprod import artifacts, data
@@ -40,3 +41,40 @@ def sp500() -> pd.Series:
     """The daily close of the S&P 500, by date."""
     table = pd.read_csv(artifacts.fetch("sp500") / "sp500_index.csv.gz", parse_dates=["Date"])
     return table.set_index("Date")["SP500"]
+
+
+def beside_market(ratings: pd.Series, close: pd.Series) -> pd.DataFrame:
+    """Trading days with the mean rating of the news since the last close, the close's log return, and the log close.
+
+    Args:
+        ratings: of single news, by date; those of a day without trading belong to the next day with it
+        close: by date, as `sp500`
+    """
+    close = close[ratings.index.min() : ratings.index.max()]
+    place = np.searchsorted(close.index, ratings.index)
+    rating = ratings.groupby(place).mean().reindex(range(len(close))).to_numpy()
+    level = np.log(close)
+    return pd.DataFrame({"rating": rating, "return": level.diff(), "level": level}).dropna()
+
+
+def lead_and_lag(
+    table: pd.DataFrame, lags: range, block: int = 10, resamples: int = 500, seed: int = 0
+) -> pd.DataFrame:
+    """Correlation of a day's rating with the return so many days later (negative: earlier), for each lag.
+
+    Columns: `r`; `low` and `high`, its 95 % interval by moving blocks of days (Künsch 1989); `p`, how often circular
+    shifts of the returns by at least a block give as large a correlation (a permutation test that keeps both series'
+    own dependence).
+    """
+    random, rows = np.random.default_rng(seed), {}
+    for lag in lags:
+        pairs = np.array([table["rating"], table["return"].shift(-lag)])[:, max(0, -lag) : len(table) - max(0, lag)]
+        number = pairs.shape[1]
+        starts = random.integers(0, number - block + 1, (resamples, -(-number // block), 1))
+        draws = (starts + np.arange(block)).reshape(resamples, -1)[:, :number]
+        low, high = np.quantile([np.corrcoef(pairs[:, draw])[0, 1] for draw in draws], [0.025, 0.975])
+        r = np.corrcoef(pairs)[0, 1]
+        shifted = [np.corrcoef(pairs[0], np.roll(pairs[1], k))[0, 1] for k in range(block, number - block)]
+        p = (1 + np.sum(np.abs(shifted) >= abs(r))) / (1 + len(shifted))
+        rows[lag] = {"r": r, "low": low, "high": high, "p": p}
+    return pd.DataFrame(rows).T.rename_axis("days later")
