@@ -102,6 +102,7 @@ def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     assert counts["documents"] == 400
     told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
     assert {alert["key"] for alert in told} == {"topic: earn", "company: acme"}
+    assert {alert["event"] for alert in told} == {told[0]["id"]}, "one event under two keys"
     assert counts["alerts"] == len(told) == len({alert["id"] for alert in told})
     first = next(alert for alert in told if alert["key"] == "topic: earn")
     assert START + 60 * 250 <= first["time"] < START + 60 * 300
@@ -140,7 +141,7 @@ while kills < 50:
             monitor.run(watching, [sources.Tail(folder / "in.jsonl", batch=4)], once=True)
         finally:
             os._exit(0)
-    time.sleep(draw.uniform(0.005, 0.09))
+    time.sleep(draw.uniform(0.005, 0.2))
     os.kill(child, signal.SIGKILL)
     kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     print(kills, flush=True)
@@ -217,7 +218,7 @@ def receiver():
     server.shutdown()
 
 
-ALERT = {"id": "abc", "key": "topic: earn", "said": "60% negative", "documents": []}
+ALERT = {"id": "abc", "event": "abc", "key": "topic: earn", "said": "60% negative", "documents": []}
 
 
 def test_a_webhook_is_signed_and_repeated_until_it_is_taken(receiver, monkeypatch):
@@ -393,6 +394,7 @@ def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "alerts.jsonl").read_text().splitlines()[0])
     assert 1e9 + 8000 * 690 < first["since"] <= first["time"] < 1e9 + 8000 * 790
+    assert done.stdout.count("ALERT") == 1, "a topic's alert belongs to the same event"
     assert f"{first['key']}: {first['said']}; since 20" in done.stdout and "standard deviations worse" in first["said"]
     assert all("fraud" in document["text"] or "ruined" in document["text"] for document in first["documents"])
     assert llmprod(*arguments, "--every", "70").returncode == 0, "the other test has its own past in the journal"

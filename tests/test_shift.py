@@ -5,12 +5,13 @@ import math
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from llmprod.news_monitoring import shift
+from llmprod.news_monitoring import shift, simulate, streams, studies
 from llmprod.news_monitoring.documents import DAY, NewsError
 
 QUICK = shift.Settings(warmup=20, days=2, memory=200)
@@ -124,3 +125,54 @@ def test_nonsense_is_refused():
         shift.Shift(QUICK, 1.0).update(0.0, math.nan)
     with pytest.raises(NewsError, match="drift"):
         shift.Settings(drift=0)
+
+
+@pytest.mark.parametrize("keys", [1, 6])
+def test_keys_together_raise_the_false_alarms_that_were_asked_for(keys):
+    """Two a year in 100 years: 200 are expected, with a standard deviation of 14."""
+    values, days = quiet(1, 10, 0.2, 0.2)
+    assert 1.6 <= simulate.quiet_years(values[0], days, keys, 100, allowed=2.0) <= 2.4
+
+
+def test_the_parts_of_all_keys_are_one():
+    for ready in (0, 1, 7):
+        others = [shift.part(f"topic: {k}", ready) for k in range(ready)]
+        assert sum([shift.part(shift.WHOLE, ready), *others]) == pytest.approx(1)
+
+
+def test_the_naive_rule_is_a_mean_above_three_deviations_at_the_end_of_its_day():
+    values, days = quiet(1, 10, 0.2, 0.0)
+    values[0, 500:510] += 3
+    assert np.flatnonzero(studies.naive(values[0], days, 28)).tolist() == [509]
+
+
+def test_streams_are_dated_and_in_order():
+    """The newspaper's 4,080 headlines, one of them twice; articles without three old ones and those without a title."""
+    headlines, articles = (streams.load(name) for name in streams.STREAMS)
+    assert len(headlines) == 4079 and str(headlines["date"].iloc[0].date()) == "2020-01-02"
+    assert headlines["text"].iloc[-1] == "Johnson is asking Santa for a Christmas recovery", "the newest is last"
+    assert len(articles) == 3726 and str(articles["date"].iloc[0].date()) == "2016-12-02"
+    for stream in (headlines, articles):
+        assert stream["date"].is_monotonic_increasing and stream["text"].is_unique and (stream["text"] != "").all()
+    assert streams.days(headlines["date"]).iloc[0] == 18263, "days since 1970-01-01"
+    with pytest.raises(NewsError, match="business-headlines and news-articles"):
+        streams.load("reuters-r8")
+
+
+def test_news_of_a_weekend_belong_to_the_next_trading_day():
+    close = pd.Series([100.0, 110.0, 121.0], pd.to_datetime(["2020-01-03", "2020-01-06", "2020-01-07"]))
+    ratings = pd.Series([9.0, 1.0, 2.0, 3.0, 5.0], pd.to_datetime([f"2020-01-0{d}" for d in (3, 4, 5, 6, 7)]))
+    table = streams.beside_market(ratings, close)
+    assert table["rating"].tolist() == [2.0, 5.0], "the first day has no return"
+    assert table["return"].to_numpy() == pytest.approx(np.log([1.1, 1.1]))
+
+
+def test_lead_and_lag_finds_the_lag_that_was_planted_and_nothing_by_chance():
+    random = np.random.default_rng(0)
+    news, noise = random.standard_normal(300), random.standard_normal((2, 300))
+    follows = pd.DataFrame({"rating": news, "return": np.roll(news, 2) + noise[0], "level": 0.0})
+    found = streams.lead_and_lag(follows, range(-3, 4))
+    assert found.index[found["p"] < 0.01].tolist() == [2] == found.index[found["low"] > 0].tolist()
+    assert found.loc[2, "low"] < 0.7 < found.loc[2, "high"]
+    alone = pd.DataFrame({"rating": news, "return": noise[1], "level": 0.0})
+    assert (streams.lead_and_lag(alone, range(-3, 4))["p"] > 0.01).all()

@@ -147,7 +147,7 @@ def statement_in(function: str) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("module", "function", "experiments"),
     [
-        ("financial_sentiment/studies.py", "weak_supervision", {"weak labels"}),
+        ("financial_sentiment/studies.py", "weak_supervision", {"weak labels", "alarms"}),  # it imports this module
         ("recommendation/sequence.py", "next_items", {"next item"}),
         ("recommendation/scorers.py", "ease", {"next item", "recommendation"}),
         ("machine.py", "cores", set(study.declarations()["experiments"])),

@@ -22,13 +22,15 @@ class Console:
     name = "console"
 
     def send(self, alert: dict) -> None:
-        """Prints an alert above the progress line; what comes from documents without control characters."""
-        tqdm.write(
-            f"ALERT {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; since {_when(alert['since'])}, "
-            f"{alert['count']} documents",
-            file=sys.stdout,
-        )
-        for document in alert["documents"][:3]:
+        """Prints an alert above the progress line; what comes from documents without control characters.
+
+        Of an event that was told already only the further key is.
+        """
+        first = alert["event"] == alert["id"]
+        since = f"since {_when(alert['since'])}, {alert['count']} documents"
+        title = f"{'ALERT' if first else ' also'} {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; {since}"
+        tqdm.write(title, file=sys.stdout)
+        for document in alert["documents"][: 3 * first]:
             tqdm.write(f"    {shown(' '.join(document['text'][:1000].split()), 100)}", file=sys.stdout)
 
 

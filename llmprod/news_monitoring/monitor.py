@@ -67,7 +67,8 @@ class Monitor:
         self.scorer, self.journal, self.detector = scorer, journal, detector
         self.channels, self.lateness, self.keep = list(channels), lateness, keep
         kind = detector(shift.WHOLE)
-        self.whole, self.allowed, self.ready = isinstance(kind, shift.Shift), getattr(kind, "allowed", 0.0), 0
+        self.whole, self.allowed = isinstance(kind, shift.Shift), getattr(kind, "allowed", 0.0)
+        self.ready, self.on = 0, {}  # keys that are tested; and those in alarm, with the event that each belongs to
         self.counts, self.problems, self.stopping = Counter(), {}, []
         self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
         self.newest = 0.0  # event time of the newest document
@@ -108,7 +109,7 @@ class Monitor:
             for name, cursor in cursors.items():
                 self.journal.set_cursor(name, cursor)
             detectors: dict[str, surge.Cusum | shift.Shift] = {}
-            self.ready = self.journal.state("ready", 0)
+            self.ready, self.on = self.journal.state("ready", 0), self.journal.state("on", {})
             late = self.journal.late()
             # A watermark follows the newest of what was read: it waits for the end of what was there at first.
             fed = [] if behind and not last else ready(self.journal, self.lateness, flush=last)
@@ -119,6 +120,7 @@ class Monitor:
             for key, detector in detectors.items():
                 self.journal.set_state(detector.name + key, asdict(detector))
             self.journal.set_state("ready", self.ready)
+            self.journal.set_state("on", self.on)
             late = self.journal.late() - late
             if self._suspects and not behind:
                 self._suspects.clear()
@@ -198,6 +200,7 @@ class Monitor:
     def watch(self, document: Document, scores: dict, detectors: dict[str, surge.Cusum | shift.Shift]) -> int:
         """Updates the detectors of a document's topic, companies and currencies; alerts go into the outbox.
 
+        An alert that is raised while another key is in alarm belongs to the same `event`, the id of the first of them.
         Returns how many alerts there were.
         """
         alerts, keys = 0, {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}
@@ -215,9 +218,12 @@ class Monitor:
             alarm = detector.update(document.time, probability, document.id)
             if self.whole and waited and detector.ready and key != shift.WHOLE:
                 self.ready += 1
+            if not detector.on:
+                self.on.pop(key, None)
             if alarm:
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]
-                found = alarm._asdict() | {"key": key, "count": alarm.documents}
+                self.on[key] = next(iter(self.on.values()), name)
+                found = alarm._asdict() | {"key": key, "count": alarm.documents, "event": self.on[key]}
                 found["documents"] = [self.journal.document(cause) for cause, _ in found.pop("causes")]
                 self.journal.add_alert(name, document.time, found)
                 alerts += 1
