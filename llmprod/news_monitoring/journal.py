@@ -277,7 +277,7 @@ class Journal:
         """
         rows = self.rows(
             "SELECT id, time, alert FROM alerts WHERE id NOT IN (SELECT alert FROM deliveries WHERE channel = ?) "
-            "ORDER BY time, id LIMIT 100",
+            "ORDER BY time, rowid LIMIT 100",
             (channel,),
         )
         return [self._read(alert) | {"id": name, "time": time} for name, time, alert in rows]
@@ -298,7 +298,7 @@ class Journal:
 
     def alerts(self) -> pd.DataFrame:
         """All alerts, oldest first: id, time, acknowledged, right (None, True, False), and their own fields."""
-        rows = self.rows('SELECT id, time, acknowledged, "right", alert FROM alerts ORDER BY time, id')
+        rows = self.rows('SELECT id, time, acknowledged, "right", alert FROM alerts ORDER BY time, rowid')
         own = pd.DataFrame([self._read(row[4]) for row in rows], index=range(len(rows)))
         frame = pd.DataFrame({"id": [row[0] for row in rows], "time": [row[1] for row in rows]})
         frame["acknowledged"] = [bool(row[2]) for row in rows]
