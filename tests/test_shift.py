@@ -111,6 +111,16 @@ def test_an_outlier_raises_nothing_and_a_warm_up_neither():
     assert not detector.ready and not any(alerts) and detector.limit() == math.inf
 
 
+def test_no_date_makes_a_stream_older_than_it_is():
+    """A first document of long ago: no end of the warm-up, and no lower threshold for years."""
+    values, days = quiet(1, 20, 0.3, 0.0)
+    dated, alerts = live(values[0], days, 1.0, shift.Settings())
+    odd, odd_alerts = live(values[0], np.where(np.arange(len(days)) == 0, -10_000, days), 1.0, shift.Settings())
+    assert dated.ready and odd.age == dated.age + 7
+    assert odd.limit() == pytest.approx(dated.limit(), rel=0.02)
+    assert sum(map(bool, odd_alerts)) == sum(map(bool, alerts))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
 def test_a_stream_without_spread_is_quiet(value):
     detector, alerts = shift.Shift(QUICK, 10.0), []

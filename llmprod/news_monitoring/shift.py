@@ -13,6 +13,7 @@ from llmprod.news_monitoring.documents import DAY, NewsError
 from llmprod.news_monitoring.surge import Alert, State, exponent, hysteresis
 
 YEAR = 365.25  # days
+GAP = 7  # days without a document count as at most so many, so that no date makes a stream older than it is
 WHOLE = "all news"  # the key of the whole stream
 
 
@@ -121,7 +122,7 @@ class Shift:
     release: an alarm ends below this share of the threshold, and the score starts again from 0
     keep: how many of the worst documents an alert has
     longest: days that are remembered of those since the score was last 0
-    first, seen, day: time of the first document, how many there were, and the day of the last
+    seen, day, age: how many documents there were, the day of the last, and the days from the first to it
     days: of each such day [time of its first document, documents, sum of their ratings, the worst: [document, rating]]
     """
 
@@ -132,8 +133,8 @@ class Shift:
     keep: int = 5
     on: bool = False
     seen: int = 0
-    first: float | None = None
     day: int = 0
+    age: int = 0
     longest: int = 60
     days: list[list] = field(default_factory=list)
     state: dict[str, list] = field(default_factory=dict)
@@ -144,14 +145,13 @@ class Shift:
     @property
     def ready(self) -> bool:
         """Whether the warm-up is over."""
-        return self.seen >= self.settings.warmup and self.day - self.first // DAY >= self.settings.days
+        return self.seen >= self.settings.warmup and self.age >= self.settings.days
 
     def limit(self) -> float:
         """The threshold of now: the allowed false alarms a year, in documents of this key; inf in the warm-up."""
         if not self.ready:
             return math.inf
-        a_year = self.seen / (self.day + 1 - self.first // DAY) * YEAR
-        return float(threshold(a_year / self.allowed, self.settings))
+        return float(threshold(self.seen / (self.age + 1) * YEAR / self.allowed, self.settings))
 
     def update(self, time: float, probability: float, document: str | int | None = None) -> Alert | None:
         """Sees the next document; an Alert if it raises the alarm. Arguments as in `surge.Cusum.update`.
@@ -162,10 +162,10 @@ class Shift:
         if not 0 <= probability <= 1:
             raise NewsError(f"{probability} is not a probability: it must be between 0 and 1.")
         before, day = {name: np.array(value) for name, value in self.state.items()}, int(time // DAY)
-        if self.first is None:
-            self.first, self.day = float(time), day
-        if day > self.day:
-            before, self.day = close_day(before, self.settings), day
+        if day > self.day or not self.seen:
+            before = close_day(before, self.settings)
+            self.age += min(day - self.day, GAP) if self.seen else 0
+            self.day = day
         limit = self.limit()
         value = logit(np.clip([probability], 0.001, 0.999))
         after, away = step(before, value, np.array([limit]), self.settings)
@@ -238,13 +238,14 @@ def replay(
         allowed: false alarms a year, of all streams or of each (streams,)
     """
     state, on = start(len(values)), np.zeros(len(values), dtype=bool)
+    ages = np.minimum(np.diff(days, prepend=days[:1]), GAP).cumsum()
     found = {name: np.zeros(values.shape) for name in ("score", "limit", "raised")}
     limit = np.full(len(values), math.inf)
-    for number, (day, column) in enumerate(zip(days, values.T, strict=True)):
-        if number and day > days[number - 1]:
+    for number, (age, column) in enumerate(zip(ages, values.T, strict=True)):
+        if number and age > ages[number - 1]:
             state = close_day(state, settings)
-        if number >= settings.warmup and day - days[0] >= settings.days:
-            a_year = number / (day + 1 - days[0]) * YEAR
+        if number >= settings.warmup and age >= settings.days:
+            a_year = number / (age + 1) * YEAR
             limit = np.broadcast_to(threshold(a_year / allowed, settings), len(values))
         state, _ = step(state, column, limit, settings)
         was, on = on, hysteresis(on, state["score"], limit, release)
