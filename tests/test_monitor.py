@@ -411,6 +411,37 @@ def test_keys_share_the_false_alarms_that_are_allowed(tmp_path):
     assert allowed == pytest.approx([2.4 / 6] * 3 + [2.4 / 2]), "a fifth of one a month is 2.4 a year"
 
 
+RINGING = """
+import sys, threading
+from llmprod.news_monitoring import watchdog
+
+def deep(depth):
+    return depth and 1 + deep(depth - 1)
+
+threads = [threading.Thread(target=lambda: [deep(300) for _ in range(2000)]) for _ in range(3)]
+for thread in threads:
+    thread.start()
+rung = 0
+for number in range(300):
+    with open(sys.argv[1], "wb", buffering=0) as file:
+        with watchdog.after(0.001, file.fileno()):
+            for _ in range(200):
+                deep(300)
+        rung += file.tell() > 0
+for thread in threads:
+    thread.join()
+print(rung)
+"""
+
+
+def test_a_slow_batch_leaves_a_byte_and_never_ends_the_process(tmp_path):
+    """`faulthandler` reads frames that other threads run: it killed a monitor on a busy machine."""
+    command = [sys.executable, "-c", RINGING, str(tmp_path / "evidence")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout) > 250
+
+
 def test_a_signal_ends_it_cleanly_and_it_goes_on(trained, tmp_path):
     write(tmp_path / "in.jsonl", news(30))
     command = [sys.executable, "-m", "llmprod", "monitor", "--source", str(tmp_path / "in.jsonl")]

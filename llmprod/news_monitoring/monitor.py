@@ -1,6 +1,5 @@
 """The monitor: scores a stream of documents, watches topics and companies for surges of negatives, raises alerts."""
 
-import faulthandler
 import hashlib
 import math
 import signal
@@ -14,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from llmprod import LLMProdError
-from llmprod.news_monitoring import shift, surge
+from llmprod.news_monitoring import shift, surge, watchdog
 from llmprod.news_monitoring.documents import DAY, HOUR, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import DAMAGED, Journal, ready
@@ -72,7 +71,7 @@ class Monitor:
         self.counts, self.problems, self.stopping = Counter(), {}, []
         self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
         self.newest = 0.0  # event time of the newest document
-        # What is scored is written down in a file if it takes long, by a thread of C: a rule may hold the interpreter.
+        # A byte in this file says that scoring took long; see `watchdog`.
         self._evidence = journal.path.with_name(f"{journal.path.name}.slow")
         self._suspects = Counter(journal.state("suspects", {}))
         if self._evidence.exists() and self._evidence.stat().st_size:
@@ -179,15 +178,12 @@ class Monitor:
     def _scores(self, documents: Sequence[Document]) -> list[dict]:
         """The scores of documents. Raises NewsError for a score that is no probability, or what the scorer raises."""
         self.journal.set_state("begun", [document.id for document in documents])
-        with self._evidence.open("wb") as file:
-            faulthandler.dump_traceback_later(self.slow, file=file)
+        with self._evidence.open("wb", buffering=0) as file, watchdog.after(self.slow, file.fileno()):
             try:
                 found = self.scorer(documents)
             except Exception:  # it failed and did not hang
                 file.truncate(0)
                 raise
-            finally:
-                faulthandler.cancel_dump_traceback_later()
         self._evidence.unlink()
         for scores in found:
             for probability in (scores["negative"], *scores["about"].values()):
