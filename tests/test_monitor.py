@@ -133,7 +133,7 @@ from tests.test_monitor import watch
 
 folder, kills = Path(sys.argv[1]), 0
 draw = random.Random(int(sys.argv[2]))
-while kills < 50:
+while kills < int(sys.argv[4]):
     child = os.fork()
     if child == 0:
         try:
@@ -149,8 +149,8 @@ while kills < 50:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["surge", "shift"])
-def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "kills"), [("surge", 50), ("shift", 20)])
+def test_kills_lose_nothing_and_double_nothing(tmp_path, kind, kills):
     name = "" if kind == "surge" else shift.Shift.name
     rows = news(1500, surge_from=600 if kind == "surge" else 1000, apart=60 if kind == "surge" else 3600)
     rows = rows + random.Random(1).sample(rows, 60)  # repeats
@@ -160,10 +160,10 @@ def test_fifty_kills_lose_nothing_and_double_nothing(tmp_path, kind):
     quiet = watch(tmp_path / "whole", [channels.Log(tmp_path / "whole" / "alerts.jsonl")], kind=kind)
     monitor.run(quiet, [sources.Tail(tmp_path / "whole" / "in.jsonl", batch=4)], once=True)
 
-    killer = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "0", kind]
+    killer = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "0", kind, str(kills)]
     done = subprocess.run(killer, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "50"
+    assert done.stdout.split()[-1] == str(kills)
     again = watch(tmp_path / "killed", [channels.Log(tmp_path / "killed" / "alerts.jsonl")], kind=kind)
     before = len(again.journal.recent())
     assert before > 0  # it got somewhere between the kills
@@ -379,7 +379,7 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path):
+def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path, capsys):
     """Two months of a few documents a day, then bad news; and a journal in which another test's detectors are."""
     bad, good = ("terrible loss after fraud", "disaster ruined hope"), ("wonderful award", "splendid and happy year")
     draw, rows = random.Random(0), []
@@ -397,8 +397,8 @@ def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path):
     assert done.stdout.count("ALERT") == 1, "a topic's alert belongs to the same event"
     assert f"{first['key']}: {first['said']}; since 20" in done.stdout and "standard deviations worse" in first["said"]
     assert all("fraud" in document["text"] or "ruined" in document["text"] for document in first["documents"])
-    assert llmprod(*arguments, "--every", "70").returncode == 0, "the other test has its own past in the journal"
-    assert "false-alarms" in llmprod(*arguments, "--false-alarms", "0").stderr
+    assert main([*arguments, "--every", "70"]) == 0, "the other test has its own past in the journal"
+    assert main([*arguments, "--false-alarms", "0"]) == 2 and "false-alarms" in capsys.readouterr().err
 
 
 def test_keys_share_the_false_alarms_that_are_allowed(tmp_path):
