@@ -401,6 +401,17 @@ def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path, capsy
     assert main([*arguments, "--false-alarms", "0"]) == 2 and "false-alarms" in capsys.readouterr().err
 
 
+def test_an_alert_of_an_older_journal_is_still_delivered(tmp_path, capsys):
+    """It has neither words nor an event."""
+    older = {"key": "topic: earn", "since": START, "count": 9, "severity": 3.0, "share": 0.6, "baseline": 0.2}
+    watching = watch(tmp_path, [channels.Console()])
+    watching.journal.add_alert("abc", START, older | {"documents": [{"text": "a loss"}]})
+    watching.deliver()
+    told = capsys.readouterr().out
+    assert "ALERT abc  topic: earn: negatives surge; since 2001-09-09 01:46, 9 documents" in told and "a loss" in told
+    assert not watching.journal.undelivered("console")
+
+
 def test_keys_share_the_false_alarms_that_are_allowed(tmp_path):
     watching = watch(tmp_path, kind="shift")
     write(tmp_path / "in.jsonl", news(1500, apart=3600))

@@ -43,7 +43,7 @@ def test_two_hundred_quiet_years_raise_the_false_alarms_that_were_asked_for(a_da
     assert min(per_half_year) > 130, "as many soon after the warm-up as later"
 
 
-def test_a_shift_is_found_and_no_other_key_hears_of_it():
+def test_a_shift_for_the_worse_is_found_and_one_for_the_better_is_not():
     values, days = quiet(50, 20, 0.4, 0.1)
     begin = np.searchsorted(days, 100)
     moved = values.copy()

@@ -280,7 +280,8 @@ class Journal:
             "ORDER BY time, rowid LIMIT 100",
             (channel,),
         )
-        return [self._read(alert) | {"id": name, "time": time} for name, time, alert in rows]
+        older = {"said": "negatives surge"}  # an alert of before there were words and events
+        return [older | {"event": name} | self._read(alert) | {"id": name, "time": time} for name, time, alert in rows]
 
     def delivered(self, alert_id: str, channel: str) -> None:
         """Notes that a channel has had an alert."""

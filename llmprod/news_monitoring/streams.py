@@ -7,9 +7,8 @@ from llmprod import artifacts, data
 from llmprod.news_monitoring.documents import NewsError
 
 STREAMS = ("business-headlines", "news-articles")
-QUIET = {
-    "business-headlines": pd.Timestamp("2020-02-20")
-}  # until then nothing was to be told; the market fell after it
+# until then nothing was to be told; the market fell after it
+QUIET = {"business-headlines": pd.Timestamp("2020-02-20")}
 
 
 def load(dataset: str) -> pd.DataFrame:

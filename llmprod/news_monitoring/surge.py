@@ -157,9 +157,10 @@ class Alert(NamedTuple):
     time, since: of the last document, and of the first one after the change point (where the score was last 0)
     documents: how many there were since the change point
     baseline, share: the share of negative documents, normally and since the change point (estimates)
-    severity: share / baseline; too high when the alarm is raised, because it is raised where documents look worst
-    evidence: log likelihood ratio of a surge since the change point (nats)
-    causes: [document, its part of the evidence (nats)], the largest first
+    severity: share / baseline, or of a `shift` its size in standard deviations; too high when the alarm is raised,
+        because it is raised where documents look worst
+    evidence: log likelihood ratio of a surge since the change point (nats), or the score of a `shift`
+    causes: [document, its part of the evidence (nats), or its standardised rating], the largest first
     said: the same in words
     """
 
