@@ -89,9 +89,11 @@ def test_an_odd_parameters_cell_and_a_damaged_notebook_are_one_message(own_noteb
     nbformat.write(notebook, path)
     with pytest.raises(LLMProdError, match=r"02_finetune\.ipynb: its cell 'parameters'"):
         pipeline.declared.__wrapped__("02_finetune")
-    path.write_text(path.read_text()[:200])
-    with pytest.raises(LLMProdError, match=r"02_finetune\.ipynb can't be read as a notebook"):
-        pipeline.read("02_finetune")
+    whole = path.read_text()
+    for damaged in (whole[:200], "[]", "{}", '{"cells": [1]}', whole.replace('"source"', '"sources"')):
+        path.write_text(damaged)
+        with pytest.raises(LLMProdError, match=r"02_finetune\.ipynb can't be read as a notebook"):
+            pipeline.read("02_finetune")
 
 
 # Parameters from the command line

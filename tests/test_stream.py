@@ -826,12 +826,12 @@ def test_journal_keeps_everything_or_nothing(journal):
 
 def test_alerts_are_an_outbox(journal):
     assert list(journal.alerts()) == ["id", "time", "acknowledged", "right"]
-    journal.add_alert("b", 2.0, {"kind": "drift", "id": "own"})
-    journal.add_alert("a", 1.0, {"kind": "volume", "z": 3.5})
+    journal.add_alert("b", 2.0, {"kind": "drift", "id": "own", "said": "drifts", "event": "a"})
+    journal.add_alert("a", 1.0, {"kind": "volume", "z": 3.5})  # as of before there were words and events
     journal.add_alert("a", 9.0, {"kind": "again"})
     assert journal.undelivered("mail") == [
-        {"kind": "volume", "z": 3.5, "id": "a", "time": 1.0},
-        {"kind": "drift", "id": "b", "time": 2.0},
+        {"kind": "volume", "z": 3.5, "said": "negatives surge", "event": "a", "id": "a", "time": 1.0},
+        {"kind": "drift", "said": "drifts", "event": "a", "id": "b", "time": 2.0},
     ]
     journal.delivered("a", "mail")
     journal.delivered("a", "mail")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import nbformat
 from filelock import FileLock, Timeout
 
 from llmprod import LLMProdError, files, machine, paths
@@ -133,6 +132,8 @@ def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
     That is this machine's paths and clock times, and whatever in outputs could run, or load something from elsewhere,
     when the notebook is opened: a label or a text of the data may be HTML.
     """
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     for name in ("papermill", "widgets"):
         notebook.metadata.pop(name, None)
@@ -145,7 +146,7 @@ def tidy(path: Path, provenance: Mapping[str, object] | None = None) -> None:
     nbformat.write(notebook, path)
 
 
-def harmless(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+def harmless(outputs: list[dict]) -> list[dict]:
     """A cell's outputs without scripts, style sheets, widgets, and images from elsewhere."""
     from nbconvert.preprocessors.sanitize import SanitizeHTML
 
