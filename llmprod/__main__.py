@@ -53,8 +53,7 @@ def parser() -> argparse.ArgumentParser:
     bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
     answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
 
-    text = "answer over HTTP with a bundle, or with what a registry of bundles names as current"
-    serving = command("serve", serve, text)
+    serving = command("serve", serve, "answer over HTTP with a bundle, or with the current one of a registry")
     served = paths.REPORTS / "cpu" / "work" / "05_deploy" / "served"
     serving.add_argument("bundle", nargs="?", default=served, help="a bundle or a registry (%(default)s)")
     serving.add_argument("--host", default="127.0.0.1", help="another than this machine needs $LLMPROD_API_KEY")
@@ -65,15 +64,13 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--rate", type=number(float), default=0.0, help="requests a second of one client; 0: no limit")
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
 
-    text = "export or delete what the service keeps of a user, or what is old; test the shadow bundle by its answers"
-    kept = command("feedback", manage_feedback, text)
+    kept = command("feedback", manage_feedback, "export or delete what the service keeps; test the shadow bundle")
     kept.add_argument("--store", required=True, help="a file, or postgresql://…")
     kept.add_argument("--export", metavar="USER", help="as CSV, on standard output")
     kept.add_argument("--delete", metavar="USER")
     kept.add_argument("--older-than", type=number(float), metavar="DAYS", help="delete older answers and what was said")
     kept.add_argument("--shadow", action="store_true", help="whether the shadow bundle is better, on audited answers")
-    text = "train on the reviewed feedback; promote the new bundle if it is better and forgets nothing"
-    again = command("iterate", iterate, text, profile)
+    again = command("iterate", iterate, "train on reviewed feedback; promote the new bundle if it is better", profile)
     again.add_argument("--store", required=True, help="a file, or postgresql://…")
     again.add_argument("--registry", default=served, help="where the served bundle is (%(default)s)")
 
@@ -84,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--alert", action="append", help=text)
     models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
     watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
+    text = "a topic of your own, by name or 'name: example; example', in place of the models'; repeatable"
+    watch.add_argument("--topic", action="append", default=[], help=text)
     watch.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster")
     text = "a month, of all that is watched together: the test of a shift from a key's own past (%(default)s)"
     watch.add_argument("--false-alarms", type=number(float), default=1.0, metavar="N", help=text)
@@ -296,7 +295,7 @@ def opened_store(place: str) -> object:
 
 def monitor_stream(options: argparse.Namespace) -> int:
     from llmprod import machine
-    from llmprod.news_monitoring import channels, monitor, shift, sources
+    from llmprod.news_monitoring import channels, monitor, shift, sources, topics
     from llmprod.news_monitoring.journal import Journal
     from llmprod.news_monitoring.scorer import Scorer
 
@@ -304,7 +303,8 @@ def monitor_stream(options: argparse.Namespace) -> int:
     machine.quiet()
     followed = [sources.open_source(word) for word in options.source]
     told = [channels.open_channel(word) for word in options.alert or ["console"]]
-    scorer = Scorer(Path(options.models), options.precision, options.every)
+    chosen = topics.parse(options.topic)
+    scorer = Scorer(Path(options.models), options.precision, options.every, topics.Topics(chosen) if chosen else None)
     detector = scorer.config.detector if options.every else shift.allowing(options.false_alarms)
     with Journal(options.journal) as journal:
         watching = monitor.Monitor(scorer, journal, detector, told, options.lateness, keep=options.keep)

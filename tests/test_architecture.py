@@ -17,7 +17,7 @@ CHAIN = ("data", "models", "finetune", "evaluate", "optimize", "deploy", "feedba
 CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}
 HARNESS_ORDER = ("pipeline", "track", "results", "runner", "study", "report")
-FILE, PACKAGE, CELL, SECTIONS = 350, 15_150, 35, 30
+FILE, PACKAGE, CELL, SECTIONS = 350, 15_350, 35, 30
 
 
 def room_of(module: str) -> str:

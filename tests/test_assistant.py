@@ -256,12 +256,12 @@ def test_the_command_answers_and_holds_a_dialogue(bundle, monkeypatch, capsys):
 def test_the_generator_is_deterministic_and_learns():
     shop = desk.load()
     writer = reply.Generator.load("smollm2-135m-instruct")
-    rows = shop.searches[shop.searches["passage"] != ""].head(2)
+    rows = shop.searches[shop.searches["passage"] != ""].head(1)
     by_id = {passage.id: passage for passage in shop.passages}
     given = [[by_id[name]] for name in rows["passage"]]
     one = writer.write(rows["text"].tolist(), given, tokens=6)
     assert one == writer.write(rows["text"].tolist(), given, tokens=6) and all(one)
     losses = reply.tune(
-        writer, rows["text"].tolist(), given, rows["quote"].tolist(), steps=3, batch_size=2, progress=False
+        writer, rows["text"].tolist(), given, rows["quote"].tolist(), steps=3, batch_size=1, progress=False
     )
     assert losses[-1] < losses[0]

@@ -25,7 +25,7 @@ from llmprod.__main__ import main
 from llmprod.evaluate import drift
 from llmprod.financial_sentiment import multitask, sentiment
 from llmprod.financial_sentiment.entities import Entity
-from llmprod.news_monitoring import channels, monitor, shift, sources
+from llmprod.news_monitoring import channels, monitor, shift, sources, topics
 from llmprod.news_monitoring.documents import DAY, HEAD, LIMIT, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import Journal
@@ -111,6 +111,43 @@ def test_a_surge_is_told_once_with_what_caused_it(tmp_path):
     # the same again: nothing new, nothing told
     assert monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)["documents"] == 400
     assert len((tmp_path / "alerts.jsonl").read_text().splitlines()) == len(told)
+
+
+@pytest.mark.parametrize("kind", ["surge", "shift"])
+def test_the_end_of_an_event_is_told_once(tmp_path, capsys, kind):
+    """When the last of its keys is back; it is no alert to be judged, and the next event is told again."""
+    apart = 3600 if kind == "shift" else 60
+    rows = [
+        *news(800),
+        *news(60, surge_from=0),
+        *news(800, seed=1),
+        *news(60, surge_from=0, seed=1),
+        *news(800, seed=2),
+    ]
+    write(tmp_path / "in.jsonl", [row | {"id": str(i), "time": START + apart * i} for i, row in enumerate(rows)])
+    watching = watch(tmp_path, [channels.Console(), channels.Log(tmp_path / "alerts.jsonl")], kind=kind)
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl", batch=50)], once=True)
+    told = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    events = list(dict.fromkeys(alert["event"] for alert in told))
+    assert len(events) == 2
+    for event in events:
+        *begun, end = [alert for alert in told if alert["event"] == event]
+        assert begun[0]["id"] == event and end["id"] == f"{event}.over" and "is over" in end["said"]
+        assert max(alert["time"] for alert in begun) < end["time"]
+    assert capsys.readouterr().out.count("is over; since ") == 2
+    assert len(watching.journal.alerts()) == len(told) - 2 == watching.counts["alerts"]
+
+
+def test_a_key_that_is_in_the_news_no_longer_ends_its_event(tmp_path):
+    """Else every later alert of any key would belong to the event of a company that nobody writes about."""
+    rows = [*news(400, surge_from=250), *news(800, seed=1)]
+    rows = [row | {"id": str(i), "time": START + 60 * i + (i >= 400) * 8 * 86400} for i, row in enumerate(rows)]
+    rows = [row for i, row in enumerate(rows) if i < 400 or "Acme" not in row["text"]]
+    write(tmp_path / "in.jsonl", rows)
+    watching = watch(tmp_path, [channels.Log(tmp_path / "alerts.jsonl")])
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl")], once=True)
+    *_, end = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert end["id"].endswith(".over") and end["time"] == rows[400]["time"] and not watching.on
 
 
 def test_the_progress_line_tells_how_far_behind_it_is(tmp_path, capsys):
@@ -399,6 +436,32 @@ def test_a_shift_of_the_whole_stream_is_told_by_default(trained, tmp_path, capsy
     assert all("fraud" in document["text"] or "ruined" in document["text"] for document in first["documents"])
     assert main([*arguments, "--every", "70"]) == 0, "the other test has its own past in the journal"
     assert main([*arguments, "--false-alarms", "0"]) == 2 and "false-alarms" in capsys.readouterr().err
+
+
+TYPED = ["oil: crude oil price; OPEC", "grain: wheat harvest ; ", "takeovers"]
+
+
+def test_topics_as_they_are_typed():
+    assert topics.parse(TYPED) == {"oil": ["crude oil price", "OPEC"], "grain": ["wheat harvest"], "takeovers": []}
+    for wrong in (["", ": x"], ["oil", "oil: x"], [" other : x"], [" "]):
+        with pytest.raises(NewsError, match="a name of its own"):
+            topics.parse(wrong)
+
+
+def test_topics_of_the_readers_choosing(trained, tmp_path):
+    """Found without training, by the scorer and by the command; what belongs to none of them is said to."""
+    texts = ["Petrol is dearer since oil rose", "Farmers expect a record wheat crop", "A bid for the rival's shares"]
+    texts.append("The choir sang in the old church")
+    scorer = Scorer(trained, chosen=topics.Topics(topics.parse(TYPED)))
+    found = scorer([Document(str(i), "s", START, text) for i, text in enumerate(texts)])
+    assert [scores["topic"] for scores in found] == ["oil", "grain", "takeovers", topics.OTHER]
+    write(tmp_path / "in.jsonl", [{"text": text, "time": START} for text in texts])
+    journal = str(tmp_path / "journal.sqlite")
+    arguments = ["monitor", "--source", str(tmp_path / "in.jsonl"), "--models", str(trained), "--once"]
+    assert main([*arguments, "--journal", journal, *(word for some in TYPED for word in ("--topic", some))]) == 0
+    with Journal(tmp_path / "journal.sqlite") as kept:
+        assert set(monitor.seen(kept)["topic"]) == {"oil", "grain", "takeovers", topics.OTHER}
+    assert main([*arguments, "--topic", "other"]) == 2
 
 
 def test_an_alert_of_an_older_journal_is_still_delivered(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -150,10 +151,20 @@ def test_the_parts_of_all_keys_are_one():
         assert sum([shift.part(shift.WHOLE, ready), *others]) == pytest.approx(1)
 
 
-def test_the_naive_rule_is_a_mean_above_three_deviations_at_the_end_of_its_day():
+def test_rules_on_days_raise_at_the_end_of_a_day():
     values, days = quiet(1, 10, 0.2, 0.0)
     values[0, 500:510] += 3
-    assert np.flatnonzero(studies.naive(values[0], days, 28)).tolist() == [509]
+    assert np.flatnonzero(studies.by_day(values[0], days, 28, studies.naive)).tolist() == [509]
+    values[0, 510:] += 1
+    chart = partial(studies.ewma_chart, every=10_000)
+    (first, *_) = np.flatnonzero(studies.by_day(values[0], days, 28, chart))
+    assert days[first] in (50, 51, 52) and first % 10 == 9
+
+
+def test_the_ewma_chart_keeps_to_its_false_alarms():
+    noise = np.random.default_rng(0).standard_normal((100, 3653))
+    a_year = np.mean([studies.ewma_chart(pd.Series(row), every=365.25).sum() for row in noise]) / 10
+    assert 0.9 < a_year < 1.1
 
 
 def test_streams_are_dated_and_in_order():

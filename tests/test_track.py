@@ -95,7 +95,7 @@ def test_without_an_account_it_is_offline_and_silent(trap, tmp_path):
 def test_with_a_key_it_goes_online_and_without_a_network_offline_again(trap, tmp_path):
     """The key alone turns it online: the attempt is seen in the trap, the key in nothing that is written or shown."""
     proxy, asked = trap
-    settings = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "15", "WANDB_HTTP_TIMEOUT": "2"}
+    settings = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "8", "WANDB_HTTP_TIMEOUT": "2"}
     done = run_tracked(tmp_path, proxy, **settings)
     assert done.returncode == 0, done.stderr
     assert asked and KEY not in done.stdout + done.stderr

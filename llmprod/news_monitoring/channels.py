@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from llmprod.news_monitoring.documents import NewsError, public
 from llmprod.news_monitoring.fetch import HELPER
+from llmprod.news_monitoring.journal import OVER
 from llmprod.tables import shown
 
 
@@ -24,11 +25,12 @@ class Console:
     def send(self, alert: dict) -> None:
         """Prints an alert above the progress line; what comes from documents without control characters.
 
-        Of an event that was told already only the further key is.
+        Of an event that was told already only the further key is, and its end.
         """
-        first = alert["event"] == alert["id"]
-        since = f"since {_when(alert['since'])}, {alert['count']} documents"
-        title = f"{'ALERT' if first else ' also'} {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; {since}"
+        first, over = alert["event"] == alert["id"], alert["id"].endswith(OVER)
+        kind, since = ("ALERT" if first else " over" if over else " also"), f"since {_when(alert['since'])}"
+        size = "" if over else f", {alert['count']} documents"
+        title = f"{kind} {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; {since}{size}"
         tqdm.write(title, file=sys.stdout)
         for document in alert["documents"][: 3 * first]:
             tqdm.write(f"    {shown(' '.join(document['text'][:1000].split()), 100)}", file=sys.stdout)

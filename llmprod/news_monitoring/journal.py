@@ -39,6 +39,7 @@ COMMIT;
 UNDATED, ASIDE = 3, 4  # documents.fed: 0 waits, 1 was watched, 2 came too late, 3 waits without a time, 4 set aside
 HORIZON = 3 * DAY  # seconds of event time in which nearly the same text is a repeat
 SIGNATURES = 50_000  # that are compared, at most
+OVER = ".over"  # ends the id of an event whose end is told
 
 DAMAGED = "is damaged or not a journal. Restore it from a copy, or start one under another name; it was left as it was."
 
@@ -266,9 +267,8 @@ class Journal:
 
     def add_alert(self, alert_id: str, time: float, alert: dict) -> None:
         """Puts an alert (JSON-able, of event time `time`) into the outbox; the same id twice does nothing."""
-        self.db.execute(
-            "INSERT OR IGNORE INTO alerts (id, time, alert) VALUES (?, ?, ?)", (alert_id, time, _dump(alert))
-        )
+        values = (alert_id, time, _dump(alert))
+        self.db.execute("INSERT OR IGNORE INTO alerts (id, time, alert) VALUES (?, ?, ?)", values)
 
     def undelivered(self, channel: str) -> list[dict]:
         """The first alerts that a channel has not had, oldest first: their own fields, id and time.
@@ -299,7 +299,8 @@ class Journal:
 
     def alerts(self) -> pd.DataFrame:
         """All alerts, oldest first: id, time, acknowledged, right (None, True, False), and their own fields."""
-        rows = self.rows('SELECT id, time, acknowledged, "right", alert FROM alerts ORDER BY time, rowid')
+        query = 'SELECT id, time, acknowledged, "right", alert FROM alerts WHERE id NOT LIKE ? ORDER BY time, rowid'
+        rows = self.rows(query, (f"%{OVER}",))
         own = pd.DataFrame([self._read(row[4]) for row in rows], index=range(len(rows)))
         frame = pd.DataFrame({"id": [row[0] for row in rows], "time": [row[1] for row in rows]})
         frame["acknowledged"] = [bool(row[2]) for row in rows]

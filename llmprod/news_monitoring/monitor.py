@@ -16,9 +16,10 @@ from llmprod import LLMProdError
 from llmprod.news_monitoring import shift, surge, watchdog
 from llmprod.news_monitoring.documents import DAY, HOUR, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
-from llmprod.news_monitoring.journal import DAMAGED, Journal, ready
+from llmprod.news_monitoring.journal import DAMAGED, OVER, Journal, ready
 from llmprod.tables import shown
 
+SILENT = 7 * DAY  # seconds without a document after which a key is in alarm no longer
 BATCH = 64  # documents that are scored between two looks at the signals
 PROBE = Document("probe", "probe", 0.0, "The company held its annual meeting.")
 LOSSES = {  # count -> what is said of it at the end
@@ -67,7 +68,8 @@ class Monitor:
         self.channels, self.lateness, self.keep = list(channels), lateness, keep
         kind = detector(shift.WHOLE)
         self.whole, self.allowed = isinstance(kind, shift.Shift), getattr(kind, "allowed", 0.0)
-        self.ready, self.on = 0, {}  # keys that are tested; and those in alarm, with the event that each belongs to
+        self.ready = 0  # keys that are tested
+        self.on: dict[str, list] = {}  # keys in alarm: [the event that it belongs to, the time of its last document]
         self.counts, self.problems, self.stopping = Counter(), {}, []
         self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
         self.newest = 0.0  # event time of the newest document
@@ -197,11 +199,14 @@ class Monitor:
         """Updates the detectors of a document's topic, companies and currencies; alerts go into the outbox.
 
         An alert that is raised while another key is in alarm belongs to the same `event`, the id of the first of them.
+        When none of them is in alarm any more, or was in the news for `SILENT`, the end of the event is told, too.
         Returns how many alerts there were.
         """
         alerts, keys = 0, {f"topic: {scores['topic']}": scores["negative"], **scores["about"]}
         if self.whole:
             keys = {shift.WHOLE: scores["negative"], **keys}
+        for key in [key for key, (_, last) in self.on.items() if document.time - last > SILENT]:
+            self._calm(key, document.time)
         for key, probability in keys.items():
             if key not in detectors:
                 detectors[key] = self.detector(key)
@@ -214,16 +219,25 @@ class Monitor:
             alarm = detector.update(document.time, probability, document.id)
             if self.whole and waited and detector.ready and key != shift.WHOLE:
                 self.ready += 1
-            if not detector.on:
-                self.on.pop(key, None)
+            if key in self.on and detector.on:
+                self.on[key][1] = document.time
+            elif key in self.on:
+                self._calm(key, document.time)
             if alarm:
                 name = hashlib.sha256(f"{key} {document.id}".encode()).hexdigest()[:12]
-                self.on[key] = next(iter(self.on.values()), name)
-                found = alarm._asdict() | {"key": key, "count": alarm.documents, "event": self.on[key]}
+                self.on[key] = [next((event for event, _ in self.on.values()), name), document.time]
+                found = alarm._asdict() | {"key": key, "count": alarm.documents, "event": self.on[key][0]}
                 found["documents"] = [self.journal.document(cause) for cause, _ in found.pop("causes")]
                 self.journal.add_alert(name, document.time, found)
                 alerts += 1
         return alerts
+
+    def _calm(self, key: str, time: float) -> None:
+        """Notes that a key is in alarm no longer; if it was the last of its event, the end goes into the outbox."""
+        event, _ = self.on.pop(key)
+        if event not in (other for other, _ in self.on.values()):
+            end = {"key": key, "event": event, "said": "is back at its usual level; the event is over"}
+            self.journal.add_alert(event + OVER, time, end | {"since": time, "count": 0, "documents": []})
 
     def deliver(self, budget: float = 10.0) -> None:
         """Sends every channel the alerts that it has not had, in order; one that fails keeps the rest for later.

@@ -11,6 +11,7 @@ from llmprod.financial_sentiment import multitask, passages, sentiment
 from llmprod.financial_sentiment.recognizer import Recognizer
 from llmprod.news_monitoring import surge
 from llmprod.news_monitoring.documents import HEAD, Document, NewsError
+from llmprod.news_monitoring.topics import Topics
 from llmprod.optimize import export
 
 
@@ -90,17 +91,18 @@ class MonitorConfig:
 class Scorer:
     """Scores documents: topic, rating, sentiment, probability of being negative, companies and currencies."""
 
-    def __init__(self, folder: Path, precision: str = "auto", every: float = 0):
+    def __init__(self, folder: Path, precision: str = "auto", every: float = 0, chosen: Topics | None = None):
         """Reads what `MonitorConfig.save` wrote.
 
         Args:
             precision: as in `machine.device_and_precision`, or "int8": see `export.int8`, faster on a processor
             every: see `MonitorConfig.for_rate`
+            chosen: the reader's topics; None for those of the models
         """
         self.config = MonitorConfig.load(folder).for_rate(every)
         load = export.int8 if precision == "int8" else partial(models.Predictor.load, precision=precision)
         self.ratings = load(folder / "sentiment")
-        self.topics = load(folder / "topics") if (folder / "topics").is_dir() else None
+        self.topics = chosen or (load(folder / "topics") if (folder / "topics").is_dir() else None)
         fine = "auto" if precision == "int8" else precision
         self.finder = Recognizer.load(folder / "entities", fine) if (folder / "entities").is_dir() else None
 
