@@ -8,6 +8,7 @@ PARAMS   ?=
 SEEDS    ?= 0 1 2
 SAMPLE   ?= 3
 STORE    ?= runs/answers.sqlite
+CRATE    ?=
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.
@@ -15,7 +16,7 @@ VENV := $(or $(value VIRTUAL_ENV),$(value CONDA_PREFIX),.venv)
 BIN := $(VENV)/bin
 
 # What users write reaches the recipes as environment variables, as it is: neither make nor a shell reads it.
-VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE PYTHON
+VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE CRATE PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES) VENV BIN
 
@@ -27,7 +28,7 @@ READY        := $(call escaped,$(VENV)/.llmprod-ready)
 LLMPROD      := "$$BIN/python" -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify check report bench bench-gpu fuzz reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
@@ -67,8 +68,11 @@ serve: $(READY)  ## answer over HTTP with what 05_deploy made, keep answers and 
 iterate: $(READY)  ## train on the reviewed feedback in STORE; promote the new model if it is better and forgets nothing
 	$(LLMPROD) iterate --store="$$STORE"
 
-verify: $(READY)  ## print the verdict on the last run
-	$(LLMPROD) verify --profile="$$PROFILE"
+verify: $(READY)  ## print the verdict on the last run, or on that in CRATE
+	$(LLMPROD) verify --profile="$$PROFILE" $${CRATE:+"$$CRATE"}
+
+crate: $(READY)  ## pack the last run as an RO-Crate (CRATE, or runs/crates/PROFILE.zip), to be cited and verified elsewhere
+	$(LLMPROD) crate --profile="$$PROFILE" $${CRATE:+"$$CRATE"}
 
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile="$$PROFILE"

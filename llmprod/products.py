@@ -1,0 +1,208 @@
+"""The commands that use what the notebooks saved: answer, serve, feedback, iterate, monitor, alerts."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from llmprod import LLMProdError, paths
+
+
+def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.ArgumentParser) -> None:
+    """Adds the commands and their options; `command` as in `__main__.parser`."""
+    journal = argparse.ArgumentParser(add_help=False)
+    file = paths.RUNS / "monitor" / "journal.sqlite"
+    journal.add_argument("--journal", default=file, help="the monitor's memory (%(default)s)")
+
+    answer = command("answer", answer_question, "answer a question, or turns of a dialogue from standard input")
+    answer.add_argument("question", nargs="?", default="", help="one question")
+    answer.add_argument("--dialogue", action="store_true", help="a turn in each line; an empty line reopens the case")
+    bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
+    answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
+
+    serving = command("serve", serve, "answer over HTTP with a bundle, or with the current one of a registry")
+    served = paths.REPORTS / "cpu" / "work" / "05_deploy" / "served"
+    serving.add_argument("bundle", nargs="?", default=served, help="a bundle or a registry (%(default)s)")
+    serving.add_argument("--host", default="127.0.0.1", help="another than this machine needs $LLMPROD_API_KEY")
+    serving.add_argument("--port", type=int, default=8000, help="0: a free one (%(default)s)")
+    serving.add_argument("--store", default="", help="where answers and feedback go: a file, or postgresql://…")
+    serving.add_argument("--assistant", default="", help="what 11_customer_service saved, for /answer")
+    serving.add_argument("--recommender", default="", help="what 13_recommendation saved, for /recommend")
+    serving.add_argument("--rate", type=number(float), default=0.0, help="requests a second of one client; 0: no limit")
+    serving.add_argument("--page", action="store_true", help="a page to try it, at /")
+
+    kept = command("feedback", manage_feedback, "export or delete what the service keeps; test the shadow bundle")
+    kept.add_argument("--store", required=True, help="a file, or postgresql://…")
+    kept.add_argument("--export", metavar="USER", help="as CSV, on standard output")
+    kept.add_argument("--delete", metavar="USER")
+    kept.add_argument("--older-than", type=number(float), metavar="DAYS", help="delete older answers and what was said")
+    kept.add_argument("--shadow", action="store_true", help="whether the shadow bundle is better, on audited answers")
+    again = command("iterate", iterate, "train on reviewed feedback; promote the new bundle if it is better", profile)
+    again.add_argument("--store", required=True, help="a file, or postgresql://…")
+    again.add_argument("--registry", default=served, help="where the served bundle is (%(default)s)")
+
+    watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
+    text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
+    watch.add_argument("--source", action="append", required=True, help=text)
+    text = "console (default), wandb, the address of a webhook, or a file.jsonl; repeatable"
+    watch.add_argument("--alert", action="append", help=text)
+    models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
+    watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
+    text = "a topic of your own, by name or 'name: example; example', in place of the models'; repeatable"
+    watch.add_argument("--topic", action="append", default=[], help=text)
+    watch.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster")
+    text = "a month, of all that is watched together: the test of a shift from a key's own past (%(default)s)"
+    watch.add_argument("--false-alarms", type=number(float), default=1.0, metavar="N", help=text)
+    text = "test instead for a surge of negatives among texts like the models', one false alarm in N documents of a key"
+    watch.add_argument("--every", type=number(float), default=0, metavar="N", help=text)
+    watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
+    watch.add_argument("--lateness", type=number(float), default=3600.0, help="seconds that a document may come late")
+    watch.add_argument("--keep", type=number(int, 1), default=100_000, metavar="N", help="documents whose text is kept")
+    watch.add_argument("--pause", type=number(float), default=5.0, help="seconds to wait when nothing came")
+    alerts = command("alerts", judge_alerts, "list and judge the monitor's alerts; export texts behind them", journal)
+    for option in ("acknowledge", "right", "wrong"):
+        alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
+    alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
+
+
+def number(kind: type, least: float = 0) -> Callable[[str], float]:
+    """Reads an option that is a finite number of a kind and of at least `least`."""
+
+    def read(text: str) -> float:
+        if least <= kind(text) < math.inf:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+
+    return read
+
+
+def answer_question(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.customer_service.assistant import Assistant, Dialogue
+
+    if options.dialogue == bool(options.question):
+        raise LLMProdError("Give one question, or --dialogue and turns on standard input.")
+    machine.set_threads()
+    machine.quiet()
+    dialogue = Dialogue(Assistant.load(Path(options.bundle)))
+    for line in sys.stdin if options.dialogue else [options.question]:
+        if options.dialogue and not line.strip():
+            dialogue.reopen()
+            continue
+        said = dialogue.turn([line])
+        print(f"[{said.action}] {said.text}".rstrip(), flush=True)
+        if said.action == "hand over":
+            print(f"  for the agent: {json.dumps(said.summary(), ensure_ascii=False)}", file=sys.stderr, flush=True)
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.deploy import bundle, guard, page, registry, service
+
+    machine.set_threads()
+    machine.quiet()
+    folder = Path(options.bundle)
+    source = registry.Registry(folder) if (folder / registry.STATE).exists() else bundle.load(folder)
+    store = opened_store(options.store) if options.store else None
+    more = {}
+    if options.assistant:
+        from llmprod.customer_service.assistant import answering
+
+        more["answer"] = answering(Path(options.assistant))
+    if options.recommender:
+        from llmprod.recommendation.served import Recommender
+
+        more["recommend"] = Recommender.load(Path(options.recommender)).recommend
+    app = service.build(source, store, guard.Limits(rate=options.rate), **more)
+    service.run(page.mount(app) if options.page else app, options.host, options.port)
+    return 0
+
+
+def manage_feedback(options: argparse.Namespace) -> int:
+    from llmprod.feedback import review
+    from llmprod.harness import results
+
+    with opened_store(options.store) as store:
+        if options.shadow:
+            found = review.shadow_test(store)
+            mean, low, high = 100 * found[["mean", "low", "high"]].iloc[-1]
+            print(f"shadow less served, {len(found)} audited answers: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+        if options.export:
+            results.spreadsheet(store.export_user(options.export)).to_csv(sys.stdout, index=False)
+        if options.delete:
+            print(f"{store.delete_user(options.delete)} answers of {options.delete} deleted")
+        if options.older_than is not None:
+            print(f"{store.delete_before(time.time() - 86400 * options.older_than)} old answers deleted")
+    return 0
+
+
+def iterate(options: argparse.Namespace) -> int:
+    from llmprod import data, machine
+    from llmprod.deploy.registry import Registry
+    from llmprod.feedback import promotion
+    from llmprod.harness import runner
+
+    machine.set_threads()
+    machine.quiet()
+    work = runner.folder_for(options.profile, {}) / "work"
+    splits, labels, _ = data.prepared(work / "01_data" / "splits")
+    old = {"text": list(splits["test"]["text"]), "label": [labels[k] for k in splits["test"]["label"]]}
+    with opened_store(options.store) as store:
+        weights = work / "02_finetune" / "checkpoint"
+        decision = promotion.iterate(Registry(Path(options.registry)), store, splits, regression=old, weights=weights)
+    print(f"{'promoted' if decision.promoted else 'not promoted'}: {decision.candidate}, from {decision.parent}")
+    print("\n".join(f"- {reason}" for reason in decision.reasons))
+    return int(not decision.promoted)
+
+
+def opened_store(place: str) -> object:
+    from llmprod.customer_service.privacy import mask
+    from llmprod.feedback.store import Store
+
+    if "://" not in place:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        place = f"sqlite:///{Path(place).resolve()}"
+    return Store(place, mask)
+
+
+def monitor_stream(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.news_monitoring import channels, monitor, shift, sources, topics
+    from llmprod.news_monitoring.journal import Journal
+    from llmprod.news_monitoring.scorer import Scorer
+
+    machine.set_threads()
+    machine.quiet()
+    followed = [sources.open_source(word) for word in options.source]
+    told = [channels.open_channel(word) for word in options.alert or ["console"]]
+    chosen = topics.parse(options.topic)
+    scorer = Scorer(Path(options.models), options.precision, options.every, topics.Topics(chosen) if chosen else None)
+    detector = scorer.config.detector if options.every else shift.allowing(options.false_alarms)
+    with Journal(options.journal) as journal:
+        watching = monitor.Monitor(scorer, journal, detector, told, options.lateness, keep=options.keep)
+        counts = monitor.run(watching, followed, options.once, options.pause)
+    print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
+    return 0
+
+
+def judge_alerts(options: argparse.Namespace) -> int:
+    from llmprod.harness import results
+    from llmprod.news_monitoring import monitor
+    from llmprod.news_monitoring.journal import Journal
+
+    with Journal(options.journal, shared=True) as journal:
+        for alert in options.acknowledge:
+            journal.acknowledge(alert)
+        for right, names in ((True, options.right), (False, options.wrong)):
+            for alert in names:
+                journal.acknowledge(alert, right)
+        if options.export:
+            results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
+        found = journal.alerts()
+    found = found.reindex(columns=["id", "key", "said", "count", "acknowledged", "right"]).astype(object).fillna("")
+    print("no alerts yet" if found.empty else results.markdown(found))
+    return 0
