@@ -9,7 +9,7 @@ from vulture import Vulture
 from llmprod import paths
 
 # Called or read by a library (torch, transformers, optuna, onnxruntime, requests, html.parser, IPython, ipywidgets,
-# pydantic, starlette), or, as `severity`, the key that a dataclass gives to a record.
+# pydantic, starlette, rocrate), or, as `severity`, the key that a dataclass gives to a record.
 HOOKS = [
     "_render_traceback_",
     "attrs",
@@ -25,6 +25,7 @@ HOOKS = [
     "handle_*",
     "intra_op_num_threads",
     "kwargs",
+    "license",
     "max_seq_length",
     "media_type",
     "model_accepts_loss_kwargs",
