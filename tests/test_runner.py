@@ -573,6 +573,16 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert (table["verdict"] == results.NOT_COMPARABLE).all() and table["reason"].str.contains("dataset: ").all()
 
 
+def test_where_only_one_class_has_five_texts_01_says_that_label_errors_cannot_be_measured(tmp_path):
+    path = tmp_path / "rare.csv"
+    rows = [f"text number {i} about oil,oil" for i in range(60)] + [f"a note of {name},{name}" for name in ("b", "c")]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    parameters = {"dataset": str(path), "max_length": 16}
+    runner.run(["01_data"], "smoke", parameters, tmp_path / "run")
+    executed = (tmp_path / "run/01_data.ipynb").read_text()
+    assert "Label errors can't be measured here: fewer than two classes have five training texts." in executed
+
+
 def test_a_failed_notebook_keeps_its_traceback_and_no_older_result(own_notebooks, tmp_path):
     path = own_notebooks / "01_data.ipynb"
     notebook = nbformat.read(path, as_version=4)
