@@ -153,8 +153,9 @@ def test_a_key_that_is_in_the_news_no_longer_ends_its_event(tmp_path):
 def test_the_progress_line_tells_how_far_behind_it_is(tmp_path, capsys):
     write(tmp_path / "in.jsonl", [row | {"time": time.time() - 100 + i} for i, row in enumerate(news(20))])
     monitor.run(watch(tmp_path), [sources.Tail(tmp_path / "in.jsonl")], once=True)
-    behind = re.search(r"(\d+) s behind", capsys.readouterr().err)
-    assert 75 <= int(behind[1]) <= 100
+    told = capsys.readouterr().err
+    behind = re.search(r"(\d+) s behind", told)
+    assert 75 <= int(behind[1]) <= 100 and re.search(r"\d+% of the time scoring, \d+ s behind", told)
     write(tmp_path / "old.jsonl", news(5, seed=1))
     (tmp_path / "old").mkdir()
     monitor.run(watch(tmp_path / "old"), [sources.Tail(tmp_path / "old.jsonl")], once=True)

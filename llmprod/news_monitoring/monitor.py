@@ -68,7 +68,7 @@ class Monitor:
         self.channels, self.lateness, self.keep = list(channels), lateness, keep
         kind = detector(shift.WHOLE)
         self.whole, self.allowed = isinstance(kind, shift.Shift), getattr(kind, "allowed", 0.0)
-        self.ready = 0  # keys that are tested
+        self.ready, self.scoring = 0, 0.0  # keys that are tested; seconds that the models took
         self.on: dict[str, list] = {}  # keys in alarm: [the event that it belongs to, the time of its last document]
         self.counts, self.problems, self.stopping = Counter(), {}, []
         self.waits: dict[str, tuple[int, float]] = {}  # a channel that failed: how often, and until when it rests
@@ -140,7 +140,9 @@ class Monitor:
 
     def _take(self, batch: Sequence[tuple[Document, bytes]]) -> None:
         """Scores new documents and writes them to the journal."""
-        now, scored = self.journal.clock(), self._scored([document for document, _ in batch])
+        now, started = self.journal.clock(), time.monotonic()
+        scored = self._scored([document for document, _ in batch])
+        self.scoring += time.monotonic() - started
         with self.journal.transaction():
             for (document, signature), scores in zip(batch, scored, strict=True):
                 self.journal.add(document, scores, signature)
@@ -275,7 +277,7 @@ def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 
     """Steps until the sources are finished, or for ever; what was lost is said at the end.
 
     A first Ctrl-C or SIGTERM ends it after the batch that is being scored, a second one at once. The progress line
-    shows documents per second and, where the newest is of today, how far behind it is.
+    shows documents per second, the share of the time that scoring takes and, if the newest is of today, how late it is.
 
     Args:
         once: end as soon as no source has anything new
@@ -291,7 +293,7 @@ def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 
             raise KeyboardInterrupt
         monitor.stopping.append(number)
 
-    stopping = monitor.stopping
+    stopping, began = monitor.stopping, time.monotonic()
     stopping.clear()
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -302,8 +304,9 @@ def run(monitor: Monitor, sources: Sequence, once: bool = False, pause: float = 
                 counts = monitor.counts
                 bar.update(counts["documents"] - bar.n)
                 lag = time.time() - monitor.newest
-                words = ", ".join(f"{counts[k]} {k}" for k in ("repeats", "alerts", "late") if k in counts)
-                bar.set_postfix_str(words + (f", {lag:.0f} s behind" if lag < DAY else ""))
+                words = [f"{counts[k]} {k}" for k in ("repeats", "alerts", "late") if k in counts]
+                share = f"{monitor.scoring / (time.monotonic() - began):.0%} of the time scoring"
+                bar.set_postfix_str(", ".join([*words, share, *([f"{lag:.0f} s behind"] if lag < DAY else [])]))
                 if not moved and not stopping:
                     finished = all(source.finished(monitor.journal.cursor(source.name)) for source in sources)
                     if once or finished:
