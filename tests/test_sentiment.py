@@ -66,12 +66,22 @@ def test_own_file_with_words_and_with_numbers(tmp_path):
         ("0 1 1", "ratings go from 0 to 1"),
         ("-1 one 1", "mine.csv, row 2: 'one' is not a number. Ratings are numbers around 0, or negative, neutral"),
         ("-1  1", "mine.csv: row 2 has no label"),
+        *((f"-1 {missing} 1", "mine.csv: row 2 has no label") for missing in ("NA", "nan", "None", "null", "NaT")),
     ],
 )
 def test_ratings_that_do_not_lie_around_zero_are_refused(tmp_path, labels, message):
     rows = zip([GOOD, BAD, PLAIN], labels.split(" "), strict=True)
     (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
     with pytest.raises(sentiment.SentimentError, match=message):
+        sentiment.load(str(tmp_path / "mine.csv"))
+
+
+def test_a_text_with_two_ratings_is_refused_and_a_repeated_row_is_one(tmp_path):
+    rows = [("good", 1), ("bad", -1), ("good", 1)]
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    assert sentiment.load(str(tmp_path / "mine.csv"))["text"].tolist() == ["good", "bad"]
+    (tmp_path / "mine.csv").write_text("text,label\ngood,1\nbad,-1\nfine,1\nbad,-0.5\n")
+    with pytest.raises(sentiment.SentimentError, match=r"mine\.csv: row 2 \(bad\) has other ratings elsewhere"):
         sentiment.load(str(tmp_path / "mine.csv"))
 
 

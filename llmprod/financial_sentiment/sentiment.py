@@ -66,6 +66,8 @@ def load(
         rating = tables.numbers(labels.map(lambda label: words.get(label, label)), dataset)
     except data.DataError as error:
         raise SentimentError(f"{error} Ratings are numbers around 0, or {', '.join(CLASSES)}.") from error
+    if (lacking := rating.isna()).any():  # NA, as other programs write what is missing
+        raise SentimentError(f"{dataset}: row {lacking.argmax() + 1} has no label; fill it in or take it out.")
     if rating.min() >= 0 and not labels.isin(CLASSES).any():
         raise SentimentError(
             f"{dataset}: the ratings go from {rating.min():g} to {rating.max():g}, and should lie around 0, those of "
@@ -73,6 +75,13 @@ def load(
             f"{', '.join(CLASSES)}."
         )
     frame = frame.assign(rating=rating.astype(float), sentiment=to_class(rating), group=np.arange(len(frame)))
+    unlike = frame.groupby("text")["rating"].transform("nunique") > 1
+    if unlike.any() and dataset not in artifacts.registry():
+        row = int(unlike.to_numpy().argmax())
+        text = tables.shown(frame["text"].iloc[row], 60)
+        raise SentimentError(
+            f"{dataset}: row {row + 1} ({text}) has other ratings elsewhere; give each text one, such as their mean."
+        )
     return frame[["text", "rating", "sentiment", "group"]].drop_duplicates("text").reset_index(drop=True)
 
 
