@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -161,11 +162,15 @@ def iterate(options: argparse.Namespace) -> int:
 
 def opened_store(place: str) -> object:
     from llmprod.customer_service.privacy import mask
-    from llmprod.feedback.store import Store
+    from llmprod.feedback.store import Store, sql
 
     if "://" not in place:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        place = f"sqlite:///{Path(place).resolve()}"
+        path = Path(os.path.abspath(os.path.expanduser(place)))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LLMProdError(f"--store {place}: its folder can't be made ({error.strerror}).") from error
+        place = sql.URL.create("sqlite", database=str(path)).render_as_string()
     return Store(place, mask)
 
 
@@ -201,7 +206,12 @@ def judge_alerts(options: argparse.Namespace) -> int:
             for alert in names:
                 journal.acknowledge(alert, right)
         if options.export:
-            results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
+            try:
+                results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
+            except OSError as error:
+                raise LLMProdError(
+                    f"--export {options.export}: it can't be written ({error.strerror or error})."
+                ) from error
         found = journal.alerts()
     found = found.reindex(columns=["id", "key", "said", "count", "acknowledged", "right"]).astype(object).fillna("")
     print("no alerts yet" if found.empty else results.markdown(found))

@@ -25,6 +25,7 @@ from llmprod.feedback.store import FeedbackError, Store
 from llmprod.finetune import fewshot
 from llmprod.finetune.recipe import Recipe
 from llmprod.models import Predictor
+from llmprod.products import opened_store
 from tests.test_deploy import Running
 
 # The store
@@ -154,6 +155,15 @@ def test_a_killed_writer_loses_no_acknowledged_answer(tmp_path):
         kept = set(store.table("answers")["request"])
         assert kept >= {request for request in acknowledged if request.startswith("r")}
         answer(store, "afterwards")
+
+
+def test_a_stores_file_has_the_name_that_was_given(tmp_path):
+    with opened_store(str(tmp_path / "a?b #1.db")) as store:
+        answer(store, "r1")
+    assert (tmp_path / "a?b #1.db").stat().st_size and not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LLMProdError, match="its folder can't be made"):
+        opened_store(str(tmp_path / "file" / "x.db"))
 
 
 # The review queue

@@ -411,6 +411,8 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     judged = pd.read_csv(tmp_path / "judged.csv")
     assert set(judged["label"]) == {"negative"}
     assert len(judged) == len(alert["documents"])
+    for place in (tmp_path, tmp_path / "none" / "judged.csv"):
+        assert main(["alerts", "--export", str(place), *journal]) == 2 and "--export" in capsys.readouterr().err
     assert main(["alerts", "--right", "nonsense", *journal]) == 2
     assert "nonsense" in capsys.readouterr().err
     assert main(["monitor", "--source", str(tmp_path / "no such file"), *journal]) == 2

@@ -37,7 +37,8 @@ from llmprod.news_monitoring.documents import (
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.feeds import Feed
 from llmprod.news_monitoring.fetch import decoded
-from llmprod.news_monitoring.journal import Journal, ready
+from llmprod.news_monitoring.journal import Journal
+from llmprod.news_monitoring.order import ready
 from llmprod.news_monitoring.sources import Lines, Replay, Tail
 
 
@@ -805,6 +806,55 @@ def doc(name: str, text: str = "", time: float = 1.6e9, source: str = "s") -> Do
     return Document(name, source, time, text or f"text {name} of its own, with words {name}{name} for {name}")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TABLE deliveries",
+        "ALTER TABLE documents DROP COLUMN link",
+        "DROP INDEX documents_time",
+        "CREATE VIEW more AS SELECT * FROM alerts",
+        "CREATE TRIGGER no BEFORE INSERT ON alerts BEGIN SELECT RAISE(ABORT, 'no'); END",
+        "INSERT INTO states VALUES ('watermark', '[]')",
+        "INSERT INTO states VALUES ('suspects', '1')",
+        "INSERT INTO states VALUES ('on', '[1]')",
+        "INSERT INTO states VALUES ('begun', '{}')",
+        "INSERT INTO alerts (id, time, alert) VALUES ('a', 1.0, '{\"documents\": 1}')",
+    ],
+)
+def test_a_journal_of_another_shape_is_one_message(tmp_path, change):
+    path = tmp_path / "journal.sqlite"
+    Journal(path).close()
+    with sqlite3.connect(path) as database:
+        database.execute(change)
+    before = path.read_bytes()
+    with pytest.raises(NewsError, match="is damaged or not a journal"):
+        Journal(path)
+    assert path.read_bytes() == before
+
+
+def test_what_pandas_writes_for_missing_is_no_id_and_no_title(tmp_path):
+    rows = [{"id": math.nan, "title": math.nan, "text": f"text number {i}"} for i in range(3)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, _ = sources.Tail(path).poll({})
+    assert len({document.id for document in documents}) == 3 and {document.title for document in documents} == {""}
+    (word,) = sources.from_line(b'{"id": "NaN", "text": "a text"}', "here")
+    assert word.id.startswith("NaN@")
+
+
+def test_ids_with_a_space_count_within_their_file():
+    (one,), (other,) = (sources.from_line(b'{"id": " 17", "text": "a text"}', name) for name in ("a", "b"))
+    assert one.id != other.id and one.id.startswith("17@")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "long" * 100])
+def test_a_place_that_cannot_be_is_one_message(name):
+    with pytest.raises(NewsError, match="is not a source"):
+        sources.open_source(name)
+    with pytest.raises(NewsError):
+        Journal("/tmp/" + name if name.startswith("long") else "/proc/none/" + name, shared=True)
+
+
 def test_journal_keeps_everything_or_nothing(journal):
     with journal.transaction():
         journal.set_cursor("a", {"offset": 1})
@@ -980,7 +1030,8 @@ MONITOR = """
     import datasketch  # imported once, before processes are made
     from llmprod.news_monitoring import fetch, sources
     from llmprod.news_monitoring.duplicates import new_documents
-    from llmprod.news_monitoring.journal import Journal, ready
+    from llmprod.news_monitoring.journal import Journal
+    from llmprod.news_monitoring.order import ready
 
     def monitor(folder):
         source = sources.Tail(folder + "/news.jsonl", batch=5)

@@ -65,8 +65,11 @@ def public(address: str) -> str:
 
 
 def stored(value: object, longest: int) -> str:
-    """A value as text that SQLite can store: without halves of surrogate pairs and NUL, cut to `longest`."""
-    text = "" if value is None else str(value)[:longest]
+    """A value as text that SQLite can store: without halves of surrogate pairs and NUL, cut to `longest`.
+
+    NaN, as pandas writes what is missing, is no text; the words "NaN" and "None" are.
+    """
+    text = "" if not isinstance(value, str) and tables.is_missing(value) else str(value)[:longest]
     return text.encode("utf-8", "replace").decode().replace("\0", "").strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ HORIZON = 3 * DAY  # seconds of event time in which nearly the same text is a re
 SIGNATURES = 50_000  # that are compared, at most
 OVER = ".over"  # ends the id of an event whose end is told
 
+NUMBER = (int, float)
+SHAPES = {"watermark": NUMBER, "newest": NUMBER, "forgotten": NUMBER, "ready": int}  # of states, by their key
+SHAPES |= {"suspects": dict, "on": dict, "begun": list}
+
 DAMAGED = "is damaged or not a journal. Restore it from a copy, or start one under another name; it was left as it was."
 
 FIXABLE = {  # SQLite's primary result codes
@@ -52,6 +57,19 @@ FIXABLE = {  # SQLite's primary result codes
     14: "can't be opened. Make its folder writable, or choose a journal in another folder.",
     26: DAMAGED,
 }
+
+
+def _new() -> sqlite3.Connection:
+    """A journal in memory, as it is made."""
+    db = sqlite3.connect(":memory:")
+    db.executescript(SCHEMA)
+    return db
+
+
+def _made_of(db: sqlite3.Connection) -> set[tuple[str, str, str]]:
+    """The tables and indices of a database: kind, name, definition."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+    return {(kind, name, " ".join(sql.split())) for kind, name, sql in db.execute(query)}
 
 
 @contextmanager
@@ -90,7 +108,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, shared: bool = False, clock: Clock = time.time) -> None:
-        self.path, self.clock = Path(path).expanduser().resolve(), clock  # a link would be another lock
+        self.path, self.clock = Path(os.path.expanduser(path)).resolve(), clock  # a link would be another lock
         self._lock = FileLock(f"{self.path}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +123,7 @@ class Journal:
                 "journal in another folder."
             ) from error
         try:
-            if self.path.is_file() and self.path.stat().st_nlink > 1:
+            if os.path.isfile(self.path) and self.path.stat().st_nlink > 1:
                 raise NewsError(f"{self.path} has a second name (a hard link), and SQLite would damage it. Copy it.")
             with _fixable(self.path):
                 self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -131,17 +149,24 @@ class Journal:
                 f"{self.path} is a journal of version {version}, and this llmprod writes {VERSION}. "
                 "Use the llmprod that wrote it, or start a journal under another name."
             )
-        elif self.db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok" or not self._can_be_read():
+        elif (
+            self.db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok"
+            or _made_of(self.db) != _made_of(_new())
+            or not self._can_be_read()
+        ):
             raise NewsError(f"{self.path} {DAMAGED}")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = NORMAL")
 
     def _can_be_read(self) -> bool:
-        """Whether the tables are there, and what the next step and the alerts need is JSON."""
+        """Whether what the next step and the alerts need is JSON, and of the right shape."""
         try:
-            for table, column in (("cursors", "cursor"), ("states", "state"), ("alerts", "alert")):
-                read = [json.loads(text) for (text,) in self.db.execute(f"SELECT {column} FROM {table}")]
-                if table != "states" and not all(isinstance(value, dict) for value in read):
+            for query in ("SELECT cursor FROM cursors", "SELECT alert FROM alerts"):
+                read = [json.loads(text) for (text,) in self.db.execute(query)]
+                if not all(isinstance(value, dict) and isinstance(value.get("documents", []), list) for value in read):
+                    return False
+            for key, text in self.db.execute("SELECT key, state FROM states"):
+                if not isinstance(json.loads(text), SHAPES.get(key, object)):
                     return False
             for time, fed, scores in self.db.execute("SELECT time, fed, scores FROM documents WHERE fed <> 1"):
                 if not (isinstance(time, float) and isinstance(fed, int) and isinstance(json.loads(scores), dict)):
@@ -314,37 +339,3 @@ FIELDS = tuple(field.name for field in fields(Document))
 def dated(document: Document, now: float) -> float:
     """The event time of a document: now at most, and now where it has none."""
     return now if math.isnan(document.time) else min(document.time, now)
-
-
-# Order
-
-
-def ready(
-    journal: Journal, lateness: float, flush: bool = False, limit: int = 1000
-) -> list[tuple[Document, dict[str, object]]]:
-    """Documents for the detectors with their scores, in the order of event time, each once; within a transaction.
-
-    Given are those up to the watermark: the latest event time of all that was added, less `lateness` seconds; with
-    `flush`, all; `limit` at most, the rest the next time. The watermark is never later than now less `lateness`, and a
-    document without a time does not move it: it is given as it came. A document from before a watermark that was
-    already passed comes too late for tests that can't take back a step: it is never given, and `journal.late()`
-    counts it.
-    """
-    db, now = journal._inside(), journal.clock()
-    passed = min(journal.state("watermark", -1e12), now - lateness)  # it is later after a flush, or if the clock was
-    db.execute("UPDATE documents SET time = ? WHERE fed = 0 AND time > ?", (now, now))  # the clock was ahead
-    waiting = db.execute("SELECT coalesce(max(time), -1e12) FROM documents WHERE fed = 0").fetchone()[0]
-    newest = min(max(journal.state("newest", -1e12), waiting), now)
-    watermark = max(passed, newest - (0 if flush else lateness))
-    db.execute("UPDATE documents SET fed = 2 WHERE fed = 0 AND time < ?", (passed,))
-    query = (
-        f"SELECT {', '.join(FIELDS)}, scores FROM documents WHERE fed = 0 AND time <= ? OR fed = {UNDATED} "
-        "ORDER BY time, id LIMIT ?"
-    )
-    rows = db.execute(query, (math.inf if flush else watermark, limit)).fetchall()
-    if len(rows) == limit:
-        watermark = max(passed, min(watermark, rows[-1][FIELDS.index("time")]))
-    db.executemany("UPDATE documents SET fed = 1 WHERE id = ?", [row[:1] for row in rows])
-    journal.set_state("newest", newest)
-    journal.set_state("watermark", watermark)
-    return [(Document(*row[:-1]), journal._read(row[-1])) for row in rows]

@@ -16,7 +16,8 @@ from llmprod import LLMProdError
 from llmprod.news_monitoring import shift, surge, watchdog
 from llmprod.news_monitoring.documents import DAY, HOUR, Document, NewsError
 from llmprod.news_monitoring.duplicates import new_documents
-from llmprod.news_monitoring.journal import DAMAGED, OVER, Journal, ready
+from llmprod.news_monitoring.journal import DAMAGED, OVER, Journal
+from llmprod.news_monitoring.order import ready
 from llmprod.tables import shown
 
 SILENT = 7 * DAY  # seconds without a document after which a key is in alarm no longer

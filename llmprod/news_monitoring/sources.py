@@ -32,9 +32,9 @@ def open_source(text: str) -> Source:
         return Feed(text)
     if text == "-":
         return Lines()
-    path = Path(text).expanduser()
-    if text.strip() and (path.is_file() or path.is_dir()):
-        return Tail(path)
+    place = os.path.expanduser(text)  # Path's own raises for a user that there isn't, and `is_file` for long names
+    if text.strip() and (os.path.isfile(place) or os.path.isdir(place)):
+        return Tail(place)
     word = public(text) if "://" in text else tables.shown(text, 200)
     raise NewsError(
         f"'{word}' is not a source: give the address of a feed (https://...), an existing file of JSON lines, "
@@ -65,7 +65,8 @@ def from_line(line: bytes, source: str) -> list[Document]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
         found = document(record, source)
-        return [replace(found, id=f"{found.id}@{fingerprint(source)[:8]}") if stored(record.get("id"), 1) else found]
+        own = stored(record.get("id"), LIMIT)
+        return [replace(found, id=f"{found.id}@{fingerprint(source)[:8]}") if own else found]
     except UnicodeDecodeError:
         raise NewsError("broken UTF-8") from None
     except (ValueError, RecursionError):
@@ -90,7 +91,7 @@ class Tail(Source):
     """
 
     def __init__(self, path: str | Path, batch: int = 1000) -> None:
-        self.path, self.batch = Path(path).expanduser(), batch
+        self.path, self.batch = Path(os.path.expanduser(path)), batch
         self.name = str(self.path.resolve()).encode("utf-8", "backslashreplace").decode()
         self.ends: dict[str, int] = {}  # the size of each file when this process first saw it
 
