@@ -12,11 +12,17 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmprod import LLMProdError, artifacts, files, formats
 from llmprod.harness import results
 from llmprod.harness.pipeline import pipeline
 from llmprod.tables import shown
+
+if TYPE_CHECKING:  # imported where a crate is written: reading one needs no library
+    from rocrate.model.contextentity import ContextEntity
+    from rocrate.model.data_entity import DataEntity
+    from rocrate.rocrate import ROCrate
 
 DESCRIPTION = "ro-crate-metadata.json"
 LARGEST = 500 * 2**20  # bytes of a crate's files together
@@ -48,7 +54,6 @@ def pack(folder: Path, target: Path) -> Path:
 
     Raises LLMProdError where nothing was finished, or what was finished was changed since.
     """
-    from rocrate.model.contextentity import ContextEntity
     from rocrate.rocrate import ROCrate
 
     found = results.results(folder)
@@ -60,42 +65,52 @@ def pack(folder: Path, target: Path) -> Path:
     crate.name = f"llmprod run {folder.name}"
     crate.description = f"A run of {', '.join(found)}: executed notebooks, results and their provenance."
     crate.license = "https://www.apache.org/licenses/LICENSE-2.0"
-
-    def add(path: Path, name: str) -> object:
-        described = {"name": name, "encodingFormat": FORMATS[path.suffix], "sha256": artifacts.sha256(path)}
-        return crate.add_file(path, name, properties=described | {"contentSize": str(path.stat().st_size)})
-
-    def about(identifier: str, kind: str, **properties: object) -> object:
-        return crate.add(ContextEntity(crate, identifier, properties={"@type": kind, **properties}))
-
-    def given(name: str) -> object:
-        entry = artifacts.entry(name)
-        words = {"name": name, "description": entry["about"], "license": entry["licence"]}
-        sums = {file: said["sha256"] for file, said in entry["files"].items()}
-        return about(f"#{name}", "CreativeWork", citation=entry["citation"], sha256=json.dumps(sums), **words)
-
-    known = {name: given(name) for name in sorted({n for result in found.values() for n in inputs(result["protocol"])})}
     for notebook, result in found.items():
-        made, stamp = [add(folder / name, name) for name in contents(folder, notebook)], result["provenance"]
-        program = about(
-            f"#llmprod-{stamp['commit']}", "SoftwareApplication", name="llmprod", softwareVersion=stamp["commit"]
-        )
-        crate.add_action(
-            program,
-            identifier=f"#{notebook}",
-            object=[known[name] for name in inputs(result["protocol"])],
-            result=made,
-            properties={"name": f"{notebook}, seed {result['seed']}", "description": json.dumps(stamp, sort_keys=True)},
-        )
+        add_action(crate, result, [add_file(crate, folder / name, name) for name in contents(folder, notebook)])
     with tempfile.TemporaryDirectory() as temporary, files.atomic(target) as writing:
         environment = Path(temporary) / "environment.txt"
         versions = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}
         environment.write_text("".join(f"{line}\n" for line in sorted(versions, key=str.lower)), encoding="utf-8")
         for path in (environment, folder / "README.md", folder / "index.html"):
             if path.is_file():
-                add(path, path.name)
+                add_file(crate, path, path.name)
         crate.write_zip(writing)
     return target
+
+
+def add_file(crate: "ROCrate", path: Path, name: str) -> "DataEntity":
+    """Adds a file under a name, with its kind, size and sha256."""
+    described = {"name": name, "encodingFormat": FORMATS[path.suffix], "contentSize": str(path.stat().st_size)}
+    return crate.add_file(path, name, properties=described | {"sha256": artifacts.sha256(path)})
+
+
+def add_action(crate: "ROCrate", result: dict, made: list["DataEntity"]) -> None:
+    """Adds that a notebook made files, by which version, from which models and data, with its provenance."""
+    stamp = result["provenance"]
+    version = {"name": "llmprod", "softwareVersion": stamp["commit"]}
+    words = {"name": f"{result['notebook']}, seed {result['seed']}", "description": json.dumps(stamp, sort_keys=True)}
+    crate.add_action(
+        add_about(crate, f"#llmprod-{stamp['commit']}", "SoftwareApplication", version),
+        identifier=f"#{result['notebook']}",
+        object=[add_input(crate, name) for name in inputs(result["protocol"])],
+        result=made,
+        properties=words,
+    )
+
+
+def add_input(crate: "ROCrate", name: str) -> "ContextEntity":
+    """Adds a registered model or data set, with licence, citation and the sha256 of each of its files."""
+    entry = artifacts.entry(name)
+    words = {"name": name, "description": entry["about"], "license": entry["licence"], "citation": entry["citation"]}
+    sums = {file: said["sha256"] for file, said in entry["files"].items()}
+    return add_about(crate, f"#{name}", "CreativeWork", words | {"sha256": json.dumps(sums)})
+
+
+def add_about(crate: "ROCrate", identifier: str, kind: str, words: dict) -> "ContextEntity":
+    """Adds something that is no file, once."""
+    from rocrate.model.contextentity import ContextEntity
+
+    return crate.get(identifier) or crate.add(ContextEntity(crate, identifier, properties={"@type": kind, **words}))
 
 
 @contextmanager
