@@ -188,6 +188,13 @@ def test_pairs_join_messages_leave_bots_out_and_mask():
     assert counts["answered by a bot"] == 3 and counts["no answer after"] == 3 and counts["equal question"] == 2
 
 
+@pytest.mark.parametrize("dialogues", [[], [{"turns": [{"speaker": "agent", "text": "Hello."}]}]])
+def test_a_desk_without_pairs_trains_on_its_questions(shop, dialogues):
+    pairs, _ = desk.pairs_of(dialogues, privacy.mask)
+    training = understanding.with_pairs(shop, pairs)
+    assert training["text"].tolist() == shop.questions["text"].tolist()
+
+
 @pytest.mark.parametrize(
     ("text", "masked"),
     [

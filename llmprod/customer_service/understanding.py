@@ -20,7 +20,8 @@ from llmprod.finetune.recipe import Recipe
 def with_pairs(desk: Desk, pairs: pd.DataFrame) -> pd.DataFrame:
     """The desk's questions, and for training those of past dialogues whose answer names its intents."""
     known = set(desk.intents)
-    named = pairs[[bool(some) and set(some) <= known for some in pairs["based_on"]]]
+    chosen = [bool(some) and set(some) <= known for some in pairs["based_on"]]
+    named = pairs[np.array(chosen, dtype=bool)]  # an empty list would choose no columns
     more = pd.DataFrame({"text": named["question"], "intents": named["based_on"], "split": "train"})
     return pd.concat([desk.questions[["text", "intents", "split"]], more], ignore_index=True)
 
