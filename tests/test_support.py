@@ -103,6 +103,51 @@ def test_intents_of_an_own_table_are_texts(tmp_path):
         desk.load(str(tmp_path / "own.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["train"] * 4 + ["dev", "test"], r"own\.jsonl: column split, row 6: 'dev' is no split"),
+        (["Train"] + ["train"] * 3 + ["validation", "test"], "row 2: 'Train' is no split"),
+        (["train"] * 4 + [None, "test"], "row 6: '' is no split"),
+        (["train"] * 4 + ["test"] * 2, "no question with an intent is validation"),
+        (["train", "train", "train", "validation", "test", "test"], "no question with an intent is validation"),
+        (
+            ["train", "test", "train", "train", "validation", "train"],
+            "test split has labels that training lacks: cards",
+        ),
+    ],
+)
+def test_a_wrong_split_of_an_own_table_is_named(tmp_path, splits, message):
+    table = pd.DataFrame({"text": [*"abcdef"], "intent": ["fees", "cards", "fees", "", "loans", "fees"]})
+    rows = pd.concat([pd.DataFrame({"text": [" "], "intent": [""]}), table.assign(split=splits)])
+    rows.to_json(tmp_path / "own.jsonl", orient="records", lines=True)
+    with pytest.raises(SupportError, match=message):
+        desk.load(str(tmp_path / "own.jsonl"))
+
+
+def test_the_splits_of_an_own_table_are_kept(tmp_path):
+    """A question that no intent covers may be in any split; one with two intents counts for both."""
+    splits = ["train", "train", "validation", "test", "test"]
+    table = pd.DataFrame({"text": [*"abcde"], "intent": ["fees|cards", "fees", "cards", "fees", ""], "split": splits})
+    table.to_csv(tmp_path / "own.csv", index=False)
+    own = desk.load(str(tmp_path / "own.csv"))
+    assert own.questions["split"].tolist() == splits and own.intents == ["cards", "fees"]
+
+
+def test_intents_of_an_own_table_that_look_the_same(tmp_path):
+    """The two forms of é are one intent; a character that can't be seen is an error."""
+    names = ["caf\u00e9", "cafe\u0301|caf\u00e9", "fees"] * 10
+    table = pd.DataFrame({"text": [f"question {k}" for k in range(30)], "intent": names, "answer": "Yes."})
+    table.to_csv(tmp_path / "own.csv", index=False)
+    own = desk.load(str(tmp_path / "own.csv"))
+    assert (
+        own.intents == ["caf\u00e9", "fees"] == sorted(own.answers) and own.questions["intents"].str.len().eq(1).all()
+    )
+    table.assign(intent=["fees", "fees\u200b", "cards"] * 10).to_csv(tmp_path / "own.csv", index=False)
+    with pytest.raises(SupportError, match=r"own\.csv: .*'fees' and 'fees\\u200b' differ"):
+        desk.load(str(tmp_path / "own.csv"))
+
+
 def test_best_answers_are_passages_where_nothing_else_is_known(shop):
     assert desk.searchable(shop) is shop
     rows = [

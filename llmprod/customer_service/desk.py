@@ -115,8 +115,6 @@ def load(
         desk = Desk(unmarked(table["text"], [[label] for label in table["label"]], table["split"]))
     else:
         desk = own_table(dataset, intent_column, answer_column, seed, encoding)
-    if len(desk.intents) < 2:
-        raise SupportError(f"{dataset}: {len(desk.intents)} intent(s); a classifier needs at least two.")
     if articles:
         desk.passages = read_articles(Path(articles).expanduser())
     if dialogues:
@@ -150,19 +148,32 @@ def support_desk() -> Desk:
 
 
 def own_table(path: str, intent_column: str, answer_column: str, seed: int, encoding: str) -> Desk:
-    """A file of questions, split by `data.split` unless it has a column `split`."""
+    """A file of questions, split by `data.split` unless it has a column `split`.
+
+    Raises SupportError for fewer than two intents, for intents that look the same, and for splits that can't be used;
+    DataError for a file or a cell that can't be read.
+    """
     table = formats.read(path, encoding)
     tables.require(table, ["text", intent_column], path, SupportError)
     for column in {"text", intent_column, answer_column, "split"} & set(table):
         table[column] = tables.texts(table[column], f"{path}, column {column}").fillna("")
     table["text"] = table["text"].map(data.normalise)
-    table = table[table["text"] != ""].reset_index(drop=True)
-    intents = [[name.strip() for name in value.split("|") if name.strip()] for value in table[intent_column]]
-    if "split" not in table:
-        rows = pd.DataFrame(
-            {"text": table.index, "label": [(some or [OUT_OF_SCOPE])[0] for some in intents], "split": "train"}
-        )
-        table["split"] = data.split(rows, seed=seed).set_index("text")["split"].reindex(table.index)
+    table = table[table["text"] != ""].copy()  # its index still counts the file's rows
+    intents = [names_in(value.split("|")) for value in table[intent_column]]
+    known = sorted({name for some in intents for name in some})
+    if len(known) < 2:
+        raise SupportError(f"{path}: {len(known)} intent(s); a classifier needs at least two.")
+    try:
+        data.check_look(["", *known])
+        if "split" in table:
+            check_splits(table["split"], intents)
+        else:
+            rows = pd.DataFrame(
+                {"text": table.index, "label": [(some or [OUT_OF_SCOPE])[0] for some in intents], "split": "train"}
+            )
+            table["split"] = data.split(rows, seed=seed).set_index("text")["split"].reindex(table.index)
+    except LLMProdError as error:
+        raise SupportError(f"{path}: {error}") from error
     answers = {}
     if answer_column in table:
         by = pd.DataFrame(
@@ -171,6 +182,31 @@ def own_table(path: str, intent_column: str, answer_column: str, seed: int, enco
         by = by[(by["intent"] != "") & (by["answer"] != "")]
         answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
     return Desk(unmarked(table["text"], intents, table["split"]), answers)
+
+
+def names_in(values: Iterable[str]) -> list[str]:
+    """Names of intents, each once and in Unicode's NFC, without those that are empty."""
+    return list(dict.fromkeys(name for value in values if (name := data.normalise(value))))
+
+
+def check_splits(splits: pd.Series, intents: Iterable[list[str]]) -> None:
+    """Checks a column `split` whose index counts the file's rows (from 0).
+
+    Raises SupportError, with the row, for a name that is none of data.SPLITS, and for a split without an intent;
+    DataError for an intent that training lacks.
+    """
+    if len(wrong := splits[~splits.isin(data.SPLITS)]):
+        raise SupportError(
+            f"column split, row {wrong.index[0] + 1}: {formats.shown(wrong.iloc[0])!r} is no split. Write "
+            f"{', '.join(data.SPLITS)} or, for a split at random, leave the column out."
+        )
+    rows = pd.DataFrame({"split": splits, "label": list(intents)}).explode("label").dropna()
+    if missing := [name for name in data.SPLITS if name not in set(rows["split"])]:
+        raise SupportError(
+            f"column split: no question with an intent is {' or '.join(missing)}. Each of {', '.join(data.SPLITS)} "
+            "needs some; or, for a split at random, leave the column out."
+        )
+    data.check_labels(rows)
 
 
 def searchable(desk: Desk) -> Desk:
