@@ -118,7 +118,7 @@ def load(
     if articles:
         desk.passages = read_articles(Path(articles).expanduser())
     if dialogues:
-        desk.dialogues = formats.read(dialogues, encoding).to_dict("records")
+        desk.dialogues = read_dialogues(dialogues, encoding)
     return desk
 
 
@@ -278,6 +278,43 @@ def to_passages(name: str, text: str) -> list[Passage]:
 
 
 # Past dialogues
+
+
+def read_dialogues(path: str, encoding: str = "utf-8") -> list[dict]:
+    """The dialogues in a .jsonl file (see `pairs_of`), each turn's `about` as a list of names.
+
+    Raises SupportError, with the row (from 1) and the turn, where one is not as `pairs_of` needs it; DataError for a
+    file that can't be read.
+    """
+    table = formats.read(path, encoding)
+    tables.require(table, ["turns"], path, SupportError)
+    dialogues = table.to_dict("records")
+    for row, dialogue in enumerate(dialogues, 1):
+        if not isinstance(dialogue["turns"], list):
+            raise SupportError(
+                f"{path}, row {row}: turns is {formats.shown(dialogue['turns'])!r} and no list; write one in a .jsonl "
+                'file, as {"turns": [{"speaker": "customer", "text": "Hello"}]}.'
+            )
+        dialogue["turns"] = [
+            checked_turn(turn, f"{path}, row {row}, turn {number}") for number, turn in enumerate(dialogue["turns"], 1)
+        ]
+    return dialogues
+
+
+def checked_turn(turn: object, where: str) -> dict:
+    """A dialogue's turn, its `about` as a list of names. Raises SupportError that says `where` it is wrong."""
+    if not isinstance(turn, dict):
+        raise SupportError(f"{where}: {formats.shown(turn)!r} is no object with speaker and text.")
+    for name in ("speaker", "text"):
+        if not isinstance(turn.get(name), str):
+            raise SupportError(f"{where}: {name} is {formats.shown(turn.get(name))!r}; it has to be a text.")
+    about = turn.get("about")
+    names = [about] if isinstance(about, str | None) else about
+    if not (isinstance(names, list) and all(isinstance(name, str | None) for name in names)):
+        raise SupportError(
+            f"{where}: about is {formats.shown(about)!r}; it has to be an intent's name, or a list of them."
+        )
+    return turn | {"about": names_in(name for name in names if name)}
 
 
 def pairs_of(dialogues: Iterable[Mapping], mask: object) -> tuple[pd.DataFrame, pd.DataFrame]:
