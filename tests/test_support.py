@@ -185,6 +185,18 @@ def write_latin_article(folder):
     return {"articles": str(folder)}
 
 
+def write_two_of_one_name(folder):
+    (folder / "fees.md").write_text("Two euros.")
+    (folder / "fees.txt").write_text("Three euros.")
+    return {"articles": str(folder)}
+
+
+def write_no_file(folder):
+    (folder / "a.md").mkdir()
+    (folder / "b.md").symlink_to("nowhere")
+    return {"articles": str(folder)}
+
+
 def write_empty_article(folder):
     (folder / "a.md").write_text("  \n")
     return {"articles": str(folder)}
@@ -199,12 +211,24 @@ def write_empty_article(folder):
         (write_large_article, "11.0 MB"),
         (write_latin_article, "not UTF-8"),
         (write_empty_article, "no text"),
+        (write_two_of_one_name, r"fees\.txt: fees\.md is an article of the same name"),
+        (write_no_file, "no articles"),
     ],
 )
 def test_bad_input_is_named(tmp_path, write, message):
     with pytest.raises(SupportError, match=message) as error:
         desk.load(**write(tmp_path))
     assert str(tmp_path) in str(error.value)
+
+
+def test_articles_of_a_user_that_there_is_not():
+    with pytest.raises(SupportError, match="~nobody-here/help: there are no articles"):
+        desk.load(articles="~nobody-here/help")
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_title(tmp_path):
+    (tmp_path / "fees.md").write_bytes("\ufeff# Fees\n\nTwo euros.".encode())
+    assert desk.read_articles(tmp_path) == [Passage("fees#1", "Fees", "Two euros.")]
 
 
 # Dialogues and personal data

@@ -1,6 +1,7 @@
 """The desk's data: questions with their intents, the best answer of each intent, help articles, past dialogues."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -74,9 +75,8 @@ class Desk:
         """The desk with at most so many questions of each split, and as many searches."""
 
         def some(table: pd.DataFrame) -> pd.DataFrame:
-            return (
-                table.sample(frac=1, random_state=seed).groupby("split").head(rows).sort_index().reset_index(drop=True)
-            )
+            chosen = table.sample(frac=1, random_state=seed).groupby("split").head(rows)
+            return chosen.sort_index().reset_index(drop=True)
 
         return replace(self, questions=some(self.questions), searches=some(self.searches))
 
@@ -116,7 +116,7 @@ def load(
     else:
         desk = own_table(dataset, intent_column, answer_column, seed, encoding)
     if articles:
-        desk.passages = read_articles(Path(articles).expanduser())
+        desk.passages = read_articles(Path(os.path.expanduser(articles)))  # see `formats.read`
     if dialogues:
         desk.dialogues = read_dialogues(dialogues, encoding)
     return desk
@@ -150,8 +150,7 @@ def support_desk() -> Desk:
 def own_table(path: str, intent_column: str, answer_column: str, seed: int, encoding: str) -> Desk:
     """A file of questions, split by `data.split` unless it has a column `split`.
 
-    Raises SupportError for fewer than two intents, for intents that look the same, and for splits that can't be used;
-    DataError for a file or a cell that can't be read.
+    Raises SupportError for fewer than two intents or such that look the same, and for splits that can't be used.
     """
     table = formats.read(path, encoding)
     tables.require(table, ["text", intent_column], path, SupportError)
@@ -168,17 +167,15 @@ def own_table(path: str, intent_column: str, answer_column: str, seed: int, enco
         if "split" in table:
             check_splits(table["split"], intents)
         else:
-            rows = pd.DataFrame(
-                {"text": table.index, "label": [(some or [OUT_OF_SCOPE])[0] for some in intents], "split": "train"}
-            )
+            labels = [(some or [OUT_OF_SCOPE])[0] for some in intents]
+            rows = pd.DataFrame({"text": table.index, "label": labels, "split": "train"})
             table["split"] = data.split(rows, seed=seed).set_index("text")["split"].reindex(table.index)
     except LLMProdError as error:
         raise SupportError(f"{path}: {error}") from error
     answers = {}
     if answer_column in table:
-        by = pd.DataFrame(
-            {"intent": [some[0] if len(some) == 1 else "" for some in intents], "answer": table[answer_column]}
-        )
+        alone = [some[0] if len(some) == 1 else "" for some in intents]
+        by = pd.DataFrame({"intent": alone, "answer": table[answer_column]})
         by = by[(by["intent"] != "") & (by["answer"] != "")]
         answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
     return Desk(unmarked(table["text"], intents, table["split"]), answers)
@@ -192,20 +189,15 @@ def names_in(values: Iterable[str]) -> list[str]:
 def check_splits(splits: pd.Series, intents: Iterable[list[str]]) -> None:
     """Checks a column `split` whose index counts the file's rows (from 0).
 
-    Raises SupportError, with the row, for a name that is none of data.SPLITS, and for a split without an intent;
+    Raises SupportError for a name that is none of data.SPLITS (with its row) and for a split without an intent,
     DataError for an intent that training lacks.
     """
-    if len(wrong := splits[~splits.isin(data.SPLITS)]):
-        raise SupportError(
-            f"column split, row {wrong.index[0] + 1}: {formats.shown(wrong.iloc[0])!r} is no split. Write "
-            f"{', '.join(data.SPLITS)} or, for a split at random, leave the column out."
-        )
     rows = pd.DataFrame({"split": splits, "label": list(intents)}).explode("label").dropna()
-    if missing := [name for name in data.SPLITS if name not in set(rows["split"])]:
-        raise SupportError(
-            f"column split: no question with an intent is {' or '.join(missing)}. Each of {', '.join(data.SPLITS)} "
-            "needs some; or, for a split at random, leave the column out."
-        )
+    others = splits[~splits.isin(data.SPLITS)].map(formats.shown)
+    wrong = [f", row {row + 1}: {name!r} is no split" for row, name in others.items()]
+    wrong += [f": no question with an intent is {name}" for name in data.SPLITS if name not in set(rows["split"])]
+    if wrong:
+        raise SupportError(f"column split{wrong[0]}; write {', '.join(data.SPLITS)}, some of each, or no such column.")
     data.check_labels(rows)
 
 
@@ -243,18 +235,20 @@ def unmarked(texts: Iterable[str], intents: Iterable[list[str]], splits: Iterabl
 def read_articles(folder: Path) -> list[Passage]:
     """The passages of the articles in a folder (.md, .txt, .html), in the order of their names.
 
-    An article's title is its first line. Raises SupportError for a folder without articles, and for an article that is
-    empty, not UTF-8, or larger than 1 MiB.
+    An article's title is its first line. Raises SupportError for a folder without articles, for two of one name, and
+    for an article that is empty, not UTF-8, or larger than 1 MiB.
     """
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in ARTICLES)
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in ARTICLES and path.is_file())
     if not files:
         raise SupportError(f"{folder}: there are no articles ({', '.join(ARTICLES)}) in this folder.")
-    passages = []
+    passages, named = [], {}
     for path in files:
+        if (other := named.setdefault(path.stem, path)) != path:
+            raise SupportError(f"{path}: {other.name} is an article of the same name; rename one, or join them.")
         if path.stat().st_size > LARGEST:
             raise SupportError(f"{path}: {path.stat().st_size / 1e6:.1f} MB; split articles above {LARGEST >> 20} MiB.")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise SupportError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
         if path.suffix.lower().startswith(".htm"):
@@ -281,10 +275,9 @@ def to_passages(name: str, text: str) -> list[Passage]:
 
 
 def read_dialogues(path: str, encoding: str = "utf-8") -> list[dict]:
-    """The dialogues in a .jsonl file (see `pairs_of`), each turn's `about` as a list of names.
+    """The dialogues in a .jsonl file, each turn's `about` as a list of names.
 
-    Raises SupportError, with the row (from 1) and the turn, where one is not as `pairs_of` needs it; DataError for a
-    file that can't be read.
+    Raises SupportError, with the row (from 1) and the turn, where one is not as `pairs_of` needs it.
     """
     table = formats.read(path, encoding)
     tables.require(table, ["turns"], path, SupportError)
@@ -295,9 +288,8 @@ def read_dialogues(path: str, encoding: str = "utf-8") -> list[dict]:
                 f"{path}, row {row}: turns is {formats.shown(dialogue['turns'])!r} and no list; write one in a .jsonl "
                 'file, as {"turns": [{"speaker": "customer", "text": "Hello"}]}.'
             )
-        dialogue["turns"] = [
-            checked_turn(turn, f"{path}, row {row}, turn {number}") for number, turn in enumerate(dialogue["turns"], 1)
-        ]
+        turns = enumerate(dialogue["turns"], 1)
+        dialogue["turns"] = [checked_turn(turn, f"{path}, row {row}, turn {number}") for number, turn in turns]
     return dialogues
 
 
@@ -311,9 +303,7 @@ def checked_turn(turn: object, where: str) -> dict:
     about = turn.get("about")
     names = [about] if isinstance(about, str | None) else about
     if not (isinstance(names, list) and all(isinstance(name, str | None) for name in names)):
-        raise SupportError(
-            f"{where}: about is {formats.shown(about)!r}; it has to be an intent's name, or a list of them."
-        )
+        raise SupportError(f"{where}: about is {formats.shown(about)!r}; it has to be a name of an intent, or a list.")
     return turn | {"about": names_in(name for name in names if name)}
 
 
