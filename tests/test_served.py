@@ -73,3 +73,41 @@ def test_it_is_read_as_it_was_saved(recommender, tmp_path):
     (tmp_path / "saved" / ARRAYS).unlink()
     with pytest.raises(RecommendError, match="no recommender"):
         Recommender.load(tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def unsealed(recommender, tmp_path_factory):
+    """A saved recommender of two items without a manifest."""
+    vectors, folder = recommender.vectors[:2], tmp_path_factory.mktemp("served") / "saved"
+    few = Recommender(recommender.items.iloc[:2], np.zeros((2, 2)), vectors, np.ones(2), recommender.encoder)
+    few.save(folder, "# A card")
+    (folder / "manifest.json").unlink()
+    assert len(Recommender.load(folder).items) == 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (ARRAYS, b"", "arrays.npz can't be read"),
+        (ARRAYS, b"PK\x03\x04 and no more", "arrays.npz can't be read"),
+        (ARRAYS, {"vectors": np.zeros(2)}, "vectors has the shape"),
+        (ARRAYS, {"vectors": np.zeros((2, 3))}, "vectors has the shape"),
+        (ARRAYS, {"vectors": np.array(["a", "b"])}, "arrays.npz can't be read"),
+        pytest.param("items.json", b"[" * 100_000, "items.json can't be read", id="deep"),
+        ("items.json", b'[{"id": 1}, {"id": 2}]', "items.json can't be read"),
+        ("items.json", b'[{"id": 1, "title": "A"}, {"title": "B"}]', "item 2 has no id"),
+        ("items.json", b"[1, 2]", "items.json can't be read"),
+    ],
+)
+def test_a_damaged_one_without_manifest_is_named(unsealed, name, content, message):
+    before = (unsealed / name).read_bytes()
+    try:
+        if isinstance(content, bytes):
+            (unsealed / name).write_bytes(content)
+        else:
+            np.savez(unsealed / name, **{"weights": np.zeros((2, 2)), "popularity": np.ones(2)} | content)
+        with pytest.raises((RecommendError, ModelError), match=message):
+            Recommender.load(unsealed)
+    finally:
+        (unsealed / name).write_bytes(before)

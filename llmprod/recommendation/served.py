@@ -66,16 +66,24 @@ class Recommender:
     def load(cls, folder: Path) -> "Recommender":
         """Reads what `save` wrote.
 
-        Raises RecommendError where something is missing or does not fit together, ModelError where it was changed.
+        Raises RecommendError where something is missing or does not fit together, ModelError where it was changed or
+        can't be read.
         """
         models.checked(folder)
-        try:
-            items = pd.DataFrame(json.loads((folder / ITEMS).read_text(encoding="utf-8"))).astype(str)
-            with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in ("weights", "vectors", "popularity")}
-        except (OSError, ValueError, KeyError) as error:
-            raise RecommendError(f"{folder} is no recommender that 13_recommendation saved ({error}).") from error
-        n = len(items)
-        if found["weights"].shape != (n, n) or len(found["vectors"]) != n or found["popularity"].shape != (n,):
-            raise RecommendError(f"{folder}: its arrays are for another catalogue than its {n} items.")
-        return cls(items, encoder=Predictor.load(folder / ENCODER), **found)
+        if missing := [name for name in (ITEMS, ARRAYS) if not (folder / name).is_file()]:
+            raise RecommendError(f"{folder} is no recommender that 13_recommendation saved: no {', '.join(missing)}.")
+        with models.reading(folder / ITEMS):
+            items = pd.DataFrame(json.loads((folder / ITEMS).read_text(encoding="utf-8")))[["id", "title"]]
+            if len(lacking := items[items.isna().any(axis=1)]):
+                raise ValueError(f"item {lacking.index[0] + 1} has no id or no title")
+        with models.reading(folder / ARRAYS), np.load(folder / ARRAYS, allow_pickle=False) as arrays:
+            found = {name: arrays[name].astype(np.float32) for name in ("weights", "vectors", "popularity")}
+        encoder, n = Predictor.load(folder / ENCODER), len(items)
+        wanted = {"weights": (n, n), "vectors": (n, encoder.model.config.hidden_size), "popularity": (n,)}
+        for name, shape in wanted.items():
+            if found[name].shape != shape:
+                raise RecommendError(
+                    f"{folder / ARRAYS}: {name} has the shape {found[name].shape}; its {n} items and encoder need "
+                    f"{shape}: it is for another catalogue or encoder. Write or copy the folder again."
+                )
+        return cls(items.astype(str), encoder=encoder, **found)
