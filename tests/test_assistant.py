@@ -13,6 +13,7 @@ from llmprod.customer_service import assistant, desk, evaluation, reply, retriev
 from llmprod.customer_service.assistant import ANSWER, ASK, HAND_OVER, SILENT, Assistant, Dialogue
 from llmprod.customer_service.desk import SupportError
 from llmprod.finetune.recipe import Recipe
+from llmprod.models import ModelError
 
 INTENTS = ("order_status", "return_deadline", "gift_wrapping", "pickup_counter", "product_care", "speak_to_person")
 OPEN = {"answer": 0.0, "passage": 2.0}
@@ -228,6 +229,47 @@ def test_a_saved_assistant_says_the_same(helper, bundle):
         assert one.confidence == pytest.approx(other.confidence, abs=2e-3)
     with pytest.raises(SupportError, match="no assistant is saved here"):
         Assistant.load(bundle / "intents")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"passages": None},
+        {"passages": []},
+        {"passages": [{"name": "a"}]},
+        {"passages": [{"id": 1, "title": "a", "text": "b"}]},
+        {"answers": ["a"]},
+        {"answers": {"a": 7}},
+        {"slots": 7},
+        {"slots": {"date": {}}},
+        {"thresholds": {"answer": 0.5}},
+        {"thresholds": {"answer": 0.5, "passage": 0.5, "more": 1}},
+        {"thresholds": {"answer": None, "passage": 0.5}},
+        {"answerable": [1, 2]},
+        {"answerable": "123"},
+        {"weight": "1"},
+        {"found": 2.5},
+        {"found": -1},
+        "nothing",
+        [],
+    ],
+    ids=str,
+)
+def test_wrong_settings_without_manifest_are_one_error(bundle, tmp_path, changes):
+    settings = json.loads((bundle / "assistant.json").read_text())
+    changed = settings | changes if isinstance(changes, dict) else changes
+    (tmp_path / "assistant.json").write_text(json.dumps(changed))
+    with pytest.raises(ModelError, match=r"assistant\.json can't be read"):
+        Assistant.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["passages", "answers", "slots", "answerable", "thresholds", "weight", "found"])
+def test_missing_settings_are_one_error(bundle, tmp_path, name):
+    settings = json.loads((bundle / "assistant.json").read_text())
+    del settings[name]
+    (tmp_path / "assistant.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=rf"assistant\.json can't be read \(KeyError: '{name}'\)"):
+        Assistant.load(tmp_path)
 
 
 def test_the_command_answers_and_holds_a_dialogue(bundle, monkeypatch, capsys):

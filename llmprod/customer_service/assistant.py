@@ -227,25 +227,42 @@ class Assistant:
 
     @classmethod
     def load(cls, folder: Path) -> "Assistant":
-        """Reads what `save` wrote. Raises SupportError where there is no assistant in the folder."""
-        if not (folder / "assistant.json").is_file():
+        """Reads what `save` wrote.
+
+        Raises SupportError where there is no assistant in the folder, ModelError where it was changed or is damaged.
+        """
+        path = folder / "assistant.json"
+        if not path.is_file():
             raise SupportError(
                 f"{folder}: no assistant is saved here. Run notebook 11_customer_service, or give its bundle."
             )
-        settings = files.read_json(models.checked(folder) / "assistant.json")
+        models.checked(folder)
+        with models.reading(path):
+            settings = files.read_json(path)
+            passages = [Passage(**passage) for passage in settings["passages"]]
+            thresholds, answerable = Thresholds(**settings["thresholds"]), Answerable(settings["answerable"])
+            right = {
+                "passages": passages and all(isinstance(text, str) for one in passages for text in vars(one).values()),
+                "answers": all(isinstance(text, str) for text in settings["answers"].values()),
+                "slots": all(isinstance(slot["pattern"], str) for slot in settings["slots"].values()),
+                "answerable": len(answerable.weights) == 3 and np.isfinite(answerable.weights).all(),
+                "thresholds": np.isfinite([*asdict(thresholds).values()]).all(),
+                "weight": 0 <= settings["weight"] <= 1,
+                "found": isinstance(settings["found"], int) and settings["found"] > 0,
+            }
+            if wrong := [name for name, is_right in right.items() if not is_right]:
+                raise ValueError(f"{', '.join(wrong)}: not what an assistant has there")
         encoder = retrieval.load_encoder(str(folder / "encoder"), 0)
         ranker = retrieval.load_ranker(folder / "ranker") if (folder / "ranker").is_dir() else None
-        passages = [Passage(**passage) for passage in settings["passages"]]
-        index = retrieval.Index([passage.indexed for passage in passages], encoder, settings["weight"])
         return cls(
             understanding.Understanding.load(folder / "intents"),
-            index,
+            retrieval.Index([passage.indexed for passage in passages], encoder, settings["weight"]),
             ranker,
             passages,
             settings["answers"],
             settings["slots"],
-            Answerable(settings["answerable"]),
-            Thresholds(**settings["thresholds"]),
+            answerable,
+            thresholds,
             settings["found"],
         )
 
