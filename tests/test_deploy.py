@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import httpx2
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llmprod import LLMProdError, artifacts, files, models
-from llmprod.deploy import batching, bundle, guard, load, service
+from llmprod.deploy import batching, bundle, guard, load, messages, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
 from llmprod.feedback.store import Store
@@ -300,6 +301,32 @@ def test_one_text_many_and_lines(running, made):
     answered = running.http.post("/classify/lines", content=lines.encode()).text.splitlines()
     found = [json.loads(line).get("label") or json.loads(line)["error"] for line in answered]
     assert len(found) == 7 * 40 and found[:6] == [*FROZEN["label"], "an empty line", "more than 20,000 characters"]
+
+
+@pytest.mark.parametrize("filler", [b"x", b" ", "é".encode()])
+def test_a_line_without_end_is_dropped_as_it_comes(filler):
+    class Echo:
+        limits = guard.Limits(characters=100)
+
+        async def classify(self, texts):
+            return [messages.Classified(id=t, label=t, confidence=1, sure=True, bundle="b") for t in texts]
+
+    async def parts():
+        yield b"a\n"
+        part = filler * 50_000
+        for _ in range(100):
+            yield part
+        yield b"x\nb"
+
+    async def ask():
+        return b"".join([part async for part in service.answered(Echo(), parts())])
+
+    tracemalloc.start()
+    first, long, last = map(json.loads, asyncio.run(ask()).splitlines())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (first["label"], long, last["label"]) == ("a", {"error": "more than 100 characters"}, "b")
+    assert peak < 2_000_000, "bytes, of a line of five million and more"
 
 
 def test_feedback_reaches_the_store_once(running, registry):

@@ -279,14 +279,18 @@ class Lines(Response):
 
 async def answered(service: Service, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Answers lines as they come, a window at a time; a line that can't be answered says so in its place."""
-    rest, waiting = b"", []
+    rest, waiting = bytearray(), []
+    most = 4 * service.limits.characters + 1  # bytes that are kept of a line: so many are too long in any case
     async for part in stream:
-        *whole, rest = (rest + part).split(b"\n")
-        waiting += whole
+        for number, piece in enumerate(part.split(b"\n")):
+            if number:  # a newline stood before it
+                waiting.append(bytes(rest))
+                rest.clear()
+            rest += piece[: most - len(rest)]
         while len(waiting) >= WINDOW:
             yield await answer_lines(service, waiting[:WINDOW])
             waiting = waiting[WINDOW:]
-    waiting += [rest] if rest.strip() else []
+    waiting += [bytes(rest)] if rest.strip() else []
     for start in range(0, len(waiting), WINDOW):
         yield await answer_lines(service, waiting[start : start + WINDOW])
 
@@ -296,7 +300,8 @@ async def answer_lines(service: Service, lines: Sequence[bytes]) -> bytes:
     texts = [line.decode("utf-8", "replace").strip() for line in lines]
     found: dict[int, dict] = {i: {"error": "an empty line"} for i, text in enumerate(texts) if not text}
     long = service.limits.characters
-    found |= {i: {"error": f"more than {long:,} characters"} for i, text in enumerate(texts) if len(text) > long}
+    too_long = [i for i, text in enumerate(texts) if len(text) > long or len(lines[i]) > 4 * long]
+    found |= {i: {"error": f"more than {long:,} characters"} for i in too_long}
     asked = [i for i in range(len(texts)) if i not in found]
     while asked:
         try:
