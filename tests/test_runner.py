@@ -359,7 +359,10 @@ def test_predictions_that_were_changed_or_deleted_after_the_run_are_edited(tiny)
     assert set(table["verdict"]) == {"EDITED"} and "results/tiny.parquet" in table["reason"][0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seal": 1}', '{"fingerprint": 1}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"seal": 1}', '{"fingerprint": 1}', "null", '{"seal": {}}', '{"seal": {"tiny.ipynb": ""}}'],
+)
 def test_a_damaged_stamp_is_no_stamp(tiny, text):
     (tiny / "work/tiny/done.json").write_text(text)
     assert verdicts(tiny) == {"MISSING"} and not runner.is_up_to_date("tiny", pipeline.settings("cpu", {}), tiny)

@@ -74,14 +74,16 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 def stamp_of(folder: Path, notebook: str) -> dict[str, object]:
-    """What the runner wrote when a notebook was done: `fingerprint` and `seal`; {} where that is not to be had."""
+    """What the runner wrote when a notebook was done: `fingerprint` and `seal`; {} where either file is not sealed."""
     if not all((folder / name).is_file() for name in (f"results/{notebook}.json", f"{notebook}.ipynb")):
         return {}
     try:
         stamp = read_json(folder / "work" / notebook / "done.json")
     except LLMProdError:
         return {}
-    return stamp if isinstance(stamp, dict) and isinstance(stamp.get("seal"), dict) else {}
+    sealed = stamp.get("seal") if isinstance(stamp, dict) else None
+    whole = isinstance(sealed, dict) and {f"results/{notebook}.json", f"{notebook}.ipynb"} <= sealed.keys()
+    return stamp if whole else {}
 
 
 def seal(folder: Path, notebook: str) -> dict[str, str]:
