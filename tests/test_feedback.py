@@ -126,6 +126,10 @@ def test_a_users_data_can_be_exported_and_deleted_and_old_data_goes(store):
         ("sqlite:////no/such/folder/secret", "unable to open"),
         ("mysql://bob:secret@host/x", "mysql"),
         ("secret", "can't be read"),
+        ("postgresql://bob:secret/x", "can't be read"),
+        ("sqlite://bob:secret@host/x", "can't be read"),
+        ("postgresql://bob:secret@host/x?port=y", "can't be read"),
+        ("sqlite:////tmp/secret\0", "can't be read"),
     ],
 )
 def test_a_store_that_cannot_be_reached_says_so_without_the_password(url, words):

@@ -70,9 +70,14 @@ class Store:
     def __init__(self, url: str, mask: Callable[[str], str] = str, clock: Callable[[], float] = time.time):
         self.mask, self.clock = mask, clock
         try:
-            address = sql.make_url(url)
-        except sql.exc.ArgumentError:
-            raise FeedbackError("The store's address can't be read: write sqlite:///file or postgresql://…") from None
+            self.connect(sql.make_url(url))
+        except (ValueError, sql.exc.ArgumentError):  # it names the address with its password
+            raise FeedbackError(
+                "The store's address can't be read: write sqlite:///file or postgresql://user:password@host/database."
+            ) from None
+
+    def connect(self, address: sql.URL) -> None:
+        """Opens the database and makes the tables that it lacks."""
         kind = address.get_backend_name()
         if kind not in UPSERT:
             raise FeedbackError(f"A store is in SQLite or PostgreSQL, not in '{kind}'.")
