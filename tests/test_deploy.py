@@ -501,6 +501,15 @@ def test_a_key_is_asked_for_and_others_than_this_machine_need_one(registry):
     assert locked.end() in (0, -signal.SIGTERM)
 
 
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 70_000), ("127.0.0.1", -1), ("::1", 0), ("no host\x1b", 0), ("a" * 70, 0)]
+)
+def test_a_place_that_cannot_be_listened_on_is_one_message(made, host, port):
+    with pytest.raises(LLMProdError, match=f":{port} can't be listened on: .*Choose another --port") as error:
+        service.run(service.build(made), host, port)
+    assert str(error.value).isprintable()
+
+
 def test_what_waits_is_answered_before_the_end(registry):
     ending = Running(registry.folder)
     many = {"texts": ["crude oil " * 20] * 200}
