@@ -112,7 +112,8 @@ def test_a_bundle_of_another_format_is_refused_with_the_reason(made, tmp_path, c
 
 @pytest.mark.parametrize(
     "change",
-    [{"temperature": 0}, {"temperature": "1"}, {"threshold": 1e12}, {"threshold": float("nan")}, {"max_length": None},
+    [{"temperature": 0}, {"temperature": "1"}, {"temperature": 1e-320}, {"temperature": 1e-40},
+     {"threshold": 1e12}, {"threshold": float("nan")}, {"max_length": None},
      {"labels": ["oil", "grain", "rates"]}, {"labels": None}],
 )  # fmt: skip
 def test_a_manifest_that_does_not_fit_its_model_is_refused(made, tmp_path, change):
@@ -124,6 +125,28 @@ def test_a_manifest_that_does_not_fit_its_model_is_refused(made, tmp_path, chang
         (tmp_path / "b/bundle.json").write_text(broken)
         with pytest.raises(LLMProdError, match=r"b has the format|bundle\.json can't be read"):
             bundle.load(tmp_path / "b")
+
+
+def test_a_folder_of_nobody_is_no_bundle():
+    with pytest.raises(bundle.BundleError, match="is not a bundle"):
+        bundle.load("~nobody-of-this-name/x")
+
+
+KEPT = {"text": "a", "label": "oil", "answer": "oil", "confidence": 1}
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    ["{", "1", "[1]", "[{}]", "[" * 100_000, "\udcff"]
+    + [json.dumps([KEPT | change]) for change in ({"text": 1}, {"answer": "x"}, {"answer": []}, {"confidence": "1"})],
+)  # fmt: skip
+def test_frozen_texts_that_are_none_are_refused_whatever_their_checksum(made, tmp_path, frozen):
+    files_of(made.folder, tmp_path / "b")
+    (tmp_path / "b/frozen.json").write_bytes(frozen.encode(errors="surrogateescape"))
+    sums = artifacts.checksums(tmp_path / "b", (bundle.MANIFEST,))
+    files.write_json(tmp_path / "b/bundle.json", made.manifest | {"files": sums})
+    with pytest.raises(bundle.BundleError, match=r"frozen\.json does not hold texts"):
+        bundle.load(tmp_path / "b")
 
 
 def test_a_bundle_whose_model_answers_otherwise_fails_its_check(made, tmp_path):
@@ -160,6 +183,25 @@ def test_promotion_roll_back_and_shadow(made, other, tmp_path):
     for unknown in ("nothing", "../served", "", "."):
         with pytest.raises(bundle.BundleError):
             registry.promote(unknown or "x", "?")
+
+
+SERVED = {"current": "a" * 300, "shadow": "", "history": [{"id": "a", "why": ""}]}
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["", "[]", "1", "[" * 100_000, *(json.dumps({k: v for k, v in SERVED.items() if k != name}) for name in SERVED)]
+    + [json.dumps(SERVED | change) for change in ({"current": 1}, {"shadow": None}, {"history": [1]}, {"history": {}})],
+)
+def test_a_damaged_registry_is_one_message(tmp_path, state):
+    (tmp_path / "served.json").write_text(state)
+    registry = Registry(tmp_path)
+    for use in (registry.load, registry.state, lambda: registry.roll_back("?"), lambda: registry.shadow("")):
+        with pytest.raises(bundle.BundleError, match=r"served\.json was damaged or edited: delete it, and promote"):
+            use()
+    (tmp_path / "served.json").write_text(json.dumps(SERVED))
+    with pytest.raises(bundle.BundleError, match="has no bundle 'aaa"):
+        registry.load()
 
 
 # Batching

@@ -1,7 +1,7 @@
 """The bundle: one folder that holds all that is served, with a checksum of every file and texts with their answers."""
 
 import json
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 from scipy.special import softmax
 
-from llmprod import LLMProdError, artifacts, files, machine
+from llmprod import LLMProdError, artifacts, files, machine, shapes
 from llmprod.models import ModelError, Predictor
 from llmprod.optimize import export
+from llmprod.shapes import number, text
 
 FORMAT = 1
 MANIFEST, FROZEN = "bundle.json", "frozen.json"
+TEMPERATURES = (1e-6, 1e6)  # beyond, logits in fp32 become 0 or infinite
 NEAR = 0.05  # how far a frozen text's confidence may move: int8 depends a little on the batch and the processor
 
 
@@ -53,8 +55,19 @@ class Bundle:
 
     @cached_property
     def frozen(self) -> list[dict]:
-        """Texts that the model was never trained on, each with its right label and this bundle's answer."""
-        return json.loads((self.folder / FROZEN).read_text(encoding="utf-8"))
+        """Texts that the model was never trained on, each with its right label and this bundle's answer.
+
+        Raises BundleError if the file does not hold that.
+        """
+        shape = [{"text": text, "label": text, "answer": self.labels.__contains__, "confidence": number}]
+        try:
+            found = json.loads((self.folder / FROZEN).read_text(encoding="utf-8"))
+            sound = shapes.fits(found, shape)
+        except (ValueError, OSError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise BundleError(f"{self.folder / FROZEN} does not hold texts with the model's answers. Write it again.")
+        return found
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Calibrated probabilities (texts, classes), computed by batches of similar length."""
@@ -134,8 +147,10 @@ def write(
 
 
 def load(folder: str | Path) -> Bundle:
-    """Reads a bundle. Raises BundleError if a byte was changed, a file is missing, or its format is not known."""
-    folder = Path(folder).expanduser()
+    """Reads a bundle. Raises BundleError if a byte was changed, a file is missing or not what it should hold, or its
+    format is not known.
+    """
+    folder = Path(os.path.expanduser(folder))  # Path's own fails for an unknown ~user
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. 05_deploy writes one.")
     manifest = files.read_json(folder / MANIFEST)
@@ -150,12 +165,14 @@ def load(folder: str | Path) -> Bundle:
             raise BundleError(f"{folder} was changed since it was written: {changed}. Write or copy it again.")
         predictor = predictor_of(folder)
         fits = manifest["labels"] == predictor.labels and 0 <= manifest["threshold"] < 2 and manifest["max_length"] > 0
-        fits = fits and 0 < manifest["temperature"] < math.inf
+        fits = fits and TEMPERATURES[0] <= manifest["temperature"] <= TEMPERATURES[1]
     except (AttributeError, KeyError, TypeError):
         fits = False
     if not fits:
         raise BundleError(f"{folder / MANIFEST} does not fit the model beside it. Write or copy the bundle again.")
-    return Bundle(folder, manifest, predictor)
+    made = Bundle(folder, manifest, predictor)
+    made.frozen  # noqa: B018 - so that a damaged one is found now, and not when it is asked for
+    return made
 
 
 def predictor_of(folder: Path) -> Predictor:

@@ -1,5 +1,6 @@
 """Which bundle is served: a folder of bundles by id, and a file that names the current one."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llmprod import files
+from llmprod import files, shapes
 from llmprod.deploy import bundle
 from llmprod.deploy.bundle import Bundle, BundleError
+from llmprod.shapes import text
 
 STATE = "served.json"
+SHAPE = {"current": text, "shadow": text, "history": [{"id": text, "why": text}]}
 
 
 class Registry:
@@ -25,10 +28,11 @@ class Registry:
         self.folder = Path(folder)
 
     def state(self) -> dict:
-        """What the folder serves. Raises BundleError where nothing was promoted yet."""
-        if not (self.folder / STATE).is_file():
+        """What the folder serves. Raises BundleError where nothing was promoted yet, and for a damaged file."""
+        path = self.folder / STATE
+        if not path.is_file():
             raise BundleError(f"{self.folder} serves no bundle yet: promote one first (05_deploy does).")
-        return files.read_json(self.folder / STATE)
+        return shapes.read(path, SHAPE, "delete it, and promote a bundle again (05_deploy does)", BundleError)
 
     def load(self, identity: str = "") -> Bundle:
         """Reads a bundle of the folder by its id; by default the current one.
@@ -37,7 +41,7 @@ class Registry:
         """
         identity = identity or self.state()["current"]
         folder = self.folder / identity
-        if not identity.isalnum() or not folder.is_dir():
+        if not identity.isalnum() or not os.path.isdir(folder):  # Path's own fails for a name that is too long
             raise BundleError(f"{self.folder} has no bundle '{identity}'.")
         made = bundle.load(folder)
         if made.id != identity:
@@ -80,6 +84,6 @@ class Registry:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "served.lock"):
             empty = {"current": "", "shadow": "", "history": []}
-            state = files.read_json(self.folder / STATE) if (self.folder / STATE).exists() else empty
+            state = self.state() if (self.folder / STATE).exists() else empty
             yield state
             files.write_json(self.folder / STATE, state)
