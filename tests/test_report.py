@@ -113,6 +113,62 @@ def test_a_damaged_reference_is_one_message(monkeypatch, tmp_path, content):
         results.reference("cpu")
 
 
+PARTS = {"metrics": {"accuracy": {"value": 1}}, "speeds": {}, "protocol": {}}
+MADE = {"source": "s", "commit": "c", "machine": "m", "minutes": 1, "versions": {}, "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": 0}, {"metrics": []}, {"metrics": {"a": 1}}, {"metrics": {"a": {"value": "1"}}},
+        {"metrics": {"a": {"value": 10**400}}}, {"speeds": []}, {"protocol": "d"}, {"provenance": 0},
+        {"provenance": {}},
+        {"provenance": MADE | {"commit": None}}, {"provenance": MADE | {"minutes": "1"}},
+        {"provenance": MADE | {"versions": []}},
+    ],
+)  # fmt: skip
+def test_a_damaged_result_with_a_fitting_seal_is_one_message(tmp_path, change):
+    def made(content: object) -> None:
+        files.write_json(tmp_path / "results/02_finetune.json", content)
+        files.write_json(tmp_path / "work/02_finetune/done.json", {"seal": results.seal(tmp_path, "02_finetune")})
+
+    (tmp_path / "02_finetune.ipynb").write_text("{}")
+    made(PARTS | {"provenance": MADE})
+    assert report.page(tmp_path) and results.notes(tmp_path)
+    made(PARTS | {"provenance": MADE} | change)
+    for use in (results.verify, results.notes, report.page):
+        with pytest.raises(LLMProdError, match=r"02_finetune\.json was damaged or edited: delete it and run again"):
+            use(tmp_path)
+
+
+SOUND = {"protocol": {}, "minutes": 1, "metrics": {"a": {"value": {"0": 1}, "mean": 1, "sd": 0, "runs": 1, "n": 5}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"protocol": 0}, {"protocol": []}, {"minutes": "1"}]
+    + [{"metrics": {"a": SOUND["metrics"]["a"] | {"n": n}}} for n in (0, -1, "5", None, 10**400)]
+    + [{"metrics": {"a": SOUND["metrics"]["a"] | {"value": v, "mean": 10**400}}} for v in ({}, {"0": 10**400}, 1)],
+)
+def test_a_reference_that_lacks_what_is_used_is_one_message(monkeypatch, tmp_path, change):
+    written(monkeypatch, tmp_path, json.dumps({"notebooks": {"a": SOUND}}))
+    assert results.reference("cpu")
+    written(monkeypatch, tmp_path, json.dumps({"notebooks": {"a": SOUND | change}}))
+    with pytest.raises(LLMProdError, match=r"cpu\.json .*take the committed one"):
+        results.reference("cpu")
+
+
+@pytest.mark.parametrize("name", ["score", "machine", "id", "seed", "truth", "prediction"])
+def test_predictions_of_other_columns_are_one_message(tmp_path, name):
+    found = pd.DataFrame({"score": "a", "machine": "m", "id": ["x"], "seed": 0, "truth": 1, "prediction": 1})
+    examples.write(tmp_path / "a.parquet", found)
+    assert len(examples.read(tmp_path / "a.parquet")) == 1
+    for wrong in (found.drop(columns=name), found.assign(**{name: [0.5]})):
+        wrong.to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(LLMProdError, match=r"a\.parquet is damaged .*: take the committed one"):
+            examples.read(tmp_path / "a.parquet")
+
+
 def test_what_fails():
     """Anything but REPRODUCED, unless the run set a parameter by which it can't be compared."""
 

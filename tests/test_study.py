@@ -18,6 +18,8 @@ import yaml
 from llmprod import LLMProdError, data, machine, paths
 from llmprod.harness import check, results, study
 
+EMPTY = {"metrics": {}, "speeds": {}, "provenance": {"minutes": 1}}  # of a row that found nothing
+
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
@@ -121,7 +123,7 @@ def own_package(monkeypatch, tmp_path):
     with (tmp_path / "all.jsonl").open("w") as file:
         for name in study.declarations()["experiments"]:
             parameters = {"experiment": name, "seed": 0}
-            row = {"key": name, "code": study.code(parameters), "parameters": parameters, "metrics": {}}
+            row = {"key": name, "code": study.code(parameters), "parameters": parameters} | EMPTY
             file.write(json.dumps(row) + "\n")
 
     def edit(module: str, change: Callable[[str], str]) -> set[str]:
@@ -255,12 +257,19 @@ def test_what_was_not_measured_is_said(tiny):
 def test_a_damaged_row_is_named_and_none_is_lost(tiny):
     """Only a last line may be cut: that is what a kill leaves. A row of an experiment that is gone counts as stale."""
     folder, _ = tiny
-    row = json.dumps({"key": "k", "parameters": {"experiment": "gone", "seed": 0}, "metrics": {}})
+    sound = {"key": "k", "parameters": {"experiment": "gone", "seed": 0}} | EMPTY
+    row = json.dumps(sound)
     (folder / "studies").mkdir()
     path = folder / "studies/tiny.jsonl"
     path.write_text(f"{row}\n{row[:20]}")
     assert study.stale("tiny") == [True]
-    for damaged in (row[:20], "[]", "{}", '{"key": "k", "parameters": 1, "metrics": {}}'):
+    with pytest.raises(LLMProdError, match=r"has no experiment 'gone'; it has: finetune"):
+        study.table("tiny")
+    changes = [{"key": 1}, {"parameters": 1}, {"parameters": {"experiment": []}}, {"metrics": []}, {"speeds": 1}]
+    changes += [{"metrics": {"accuracy": "1"}}, {"metrics": {"accuracy": 10**400}}, {"provenance": {}}, {"curve": 1}]
+    lacking = [{k: v for k, v in sound.items() if k != name} for name in sound]
+    others = [json.dumps(other) for other in [*lacking, *(sound | change for change in changes)]]
+    for damaged in (row[:20], "[]", "{}", "[" * 100_000, *others):
         path.write_text(f"{row}\n{damaged}\n{row}\n")
         with pytest.raises(LLMProdError, match=r"tiny\.jsonl, line 2 is damaged"):
             study.run("tiny")

@@ -15,6 +15,16 @@ import torch
 from llmprod import LLMProdError, files, paths
 
 
+def is_text(values: pd.Series) -> bool:
+    """Whether a column holds texts alone, as they are or as categories."""
+    return pd.api.types.is_string_dtype(getattr(values.dtype, "categories", values))
+
+
+COLUMNS = dict.fromkeys(("score", "machine", "id"), is_text) | dict.fromkeys(
+    ("seed", "truth", "prediction"), pd.api.types.is_integer_dtype
+)
+
+
 def table(texts: Sequence[str], truth: np.ndarray, probabilities: Mapping[str, np.ndarray], seed: int) -> pd.DataFrame:
     """The predictions of a run, one row for each score and text.
 
@@ -62,9 +72,13 @@ def write(path: Path, found: pd.DataFrame) -> None:
 def read(path: Path) -> pd.DataFrame | None:
     """The predictions in a file, None where there is none. Raises LLMProdError for a damaged one."""
     try:
-        return pd.read_parquet(path) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise LLMProdError(f"{path} is damaged ({error}): take the committed one, or run again.") from None
+        found = pd.read_parquet(path) if path.exists() else None
+        wrong = found is not None and [name for name, kind in COLUMNS.items() if not kind(found[name])]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        raise LLMProdError(f"{path} is damaged ({wrong}): take the committed one, or run again.")
+    return found
 
 
 def gather(sources: Sequence[Path], target: Path) -> None:

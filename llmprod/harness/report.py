@@ -68,9 +68,9 @@ def page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: str) -> str:
+def plain(text: object) -> str:
     """A text for a cell of a Markdown table, in which nothing of it is markup: it may come from the data."""
-    return re.sub(r"([\\`*_\[\]<>|!&~$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|!&~$])", r"\\\1", " ".join(str(text).split()))
 
 
 # Generated blocks of the READMEs and docs/ARCHITECTURE.md

@@ -13,13 +13,22 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from llmprod import LLMProdError, machine, paths
+from llmprod import LLMProdError, machine, paths, shapes
 from llmprod.files import read_json, write_json
 from llmprod.harness import examples, track
 from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
+from llmprod.shapes import finite, finites, number_or_none, positive, text
+from llmprod.shapes import number as is_number
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 EDITED = "EDITED"
+TEXTS = {"*": text}
+STAMP = dict.fromkeys(("source", "commit", "machine"), text)
+STAMP |= {"minutes": is_number, "versions": TEXTS, "parameters": {}}
+NUMBERS = {"*": is_number}
+RESULT = {"metrics": {"*": {"value": is_number}}, "speeds": NUMBERS, "protocol": {}, "provenance": STAMP}
+METRIC = {"value": finites, "mean": finite, "sd": finite, "runs": positive, "n?": positive}
+REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": number_or_none}}}
 
 
 def record(
@@ -68,9 +77,13 @@ def record(
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """The results in a run's folder that the runner finished and that nobody changed since: notebook -> result."""
+    """The results in a run's folder that the runner finished and that nobody changed since: notebook -> result.
+
+    Raises LLMProdError for one that does not hold what a result holds.
+    """
     sound = [name for name in pipeline() if stamp_of(folder, name) and not edited(folder, name)]
-    return {name: read_json(folder / "results" / f"{name}.json") for name in sound}
+    found = {folder / "results" / f"{name}.json": name for name in sound}
+    return {name: shapes.read(path, RESULT, "delete it and run again") for path, name in found.items()}
 
 
 def stamp_of(folder: Path, notebook: str) -> dict[str, object]:
@@ -115,14 +128,12 @@ def reference(profile: str) -> dict:
     path = paths.REFERENCE / f"{judged_by(profile)}.json"
     if not path.exists():
         return {}
-    try:
-        notebooks = read_json(path)["notebooks"]
-        metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
-        wrong = [key for key, m in metrics.items() for k, v in moments(m["value"]).items() if not math.isclose(m[k], v)]
-    except (LLMProdError, LookupError, TypeError, AttributeError, statistics.StatisticsError) as error:
-        wrong = [error]
+    way_out = "take the committed one, or `make reference`"
+    notebooks = shapes.read(path, REFERENCE, way_out)["notebooks"]
+    metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
+    wrong = [key for key, m in metrics.items() for k, v in moments(m["value"]).items() if not math.isclose(m[k], v)]
     if wrong:
-        raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): take the committed one, or `make reference`.")
+        raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): {way_out}.")
     return notebooks
 
 
@@ -189,7 +200,7 @@ def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
     while not (named := [protocol[name] for name in ("ratings", "interactions", "dataset") if name in protocol]):
         protocol = next((value for value in protocol.values() if isinstance(value, Mapping)), {"dataset": ""})
     figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))
-    return figures.get(notebook, {}).get(named[0], [])
+    return figures.get(notebook, {}).get(str(named[0]), [])
 
 
 def verdict(
@@ -215,7 +226,7 @@ def verdict(
                     "published": f"{other['value']:.4g} ({other['method']})" if other else "",
                     "reference": spread(metric) if metric else "",
                     "yours": "" if value is None else number(value),
-                    "tolerance": number(tolerance(metric)) if metric else "",
+                    "tolerance": is_number(tolerance(metric)) if metric else "",
                     **judge(mine, theirs, metric, value, predicted.get(name)),
                 }
             )

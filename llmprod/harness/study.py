@@ -21,10 +21,18 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, artifacts, files, machine, paths
+from llmprod import LLMProdError, artifacts, files, machine, paths, shapes
 from llmprod.harness import pipeline, results, runner
+from llmprod.shapes import number as is_number
+from llmprod.shapes import text
+from llmprod.tables import shown
 
 FOLDER = paths.REPORTS / "studies"
+NUMBERS = {"*": is_number}
+ROW = {
+    "key": text, "parameters": {"experiment": text}, "metrics": NUMBERS, "speeds": NUMBERS,
+    "provenance": {"minutes": is_number}, "curve?": {"*": [is_number]},
+}  # fmt: skip
 STALE = "† measured by code that has changed since; `python -m llmprod study --stale` measures it again"
 
 
@@ -39,8 +47,14 @@ def declared() -> dict[str, dict]:
 
 
 def defaults(experiment: str) -> dict[str, object]:
-    """An experiment's parameters with their defaults: those of the notebook that it repeats, if any, and its own."""
-    declaration = declarations()["experiments"][experiment]
+    """An experiment's parameters with their defaults: those of the notebook that it repeats, if any, and its own.
+
+    Raises LLMProdError for an unknown one.
+    """
+    known = declarations()["experiments"]
+    if experiment not in known:
+        raise LLMProdError(f"studies.yaml has no experiment '{shown(experiment)}'; it has: {', '.join(known)}.")
+    declaration = known[experiment]
     notebook = pipeline.declared(declaration["notebook"]) if "notebook" in declaration else {}
     return {"experiment": experiment, "seed": 0} | notebook | declaration["parameters"]
 
@@ -104,14 +118,12 @@ def rows(name: str) -> list[dict]:
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            row["key"], row["parameters"]["experiment"], row["metrics"]
-            found.append(row)
-        except (ValueError, LookupError, TypeError):
-            if number < len(lines):
-                raise LLMProdError(
-                    f"{path}, line {number} is damaged: delete it, or take the committed file."
-                ) from None
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            found += [None] if number < len(lines) else []
+    for number, row in enumerate(found, 1):
+        if not shapes.fits(row, ROW):
+            raise LLMProdError(f"{path}, line {number} is damaged: delete it, or take the committed file.")
     return found
 
 
