@@ -20,8 +20,7 @@ from llmprod.harness.pipeline import pipeline
 from llmprod.tables import shown
 
 if TYPE_CHECKING:  # imported where a crate is written: reading one needs no library
-    from rocrate.model.contextentity import ContextEntity
-    from rocrate.model.data_entity import DataEntity
+    from rocrate.model.entity import Entity
     from rocrate.rocrate import ROCrate
 
 DESCRIPTION = "ro-crate-metadata.json"
@@ -78,13 +77,13 @@ def pack(folder: Path, target: Path) -> Path:
     return target
 
 
-def add_file(crate: "ROCrate", path: Path, name: str) -> "DataEntity":
+def add_file(crate: "ROCrate", path: Path, name: str) -> "Entity":
     """Adds a file under a name, with its kind, size and sha256."""
     described = {"name": name, "encodingFormat": FORMATS[path.suffix], "contentSize": str(path.stat().st_size)}
     return crate.add_file(path, name, properties=described | {"sha256": artifacts.sha256(path)})
 
 
-def add_action(crate: "ROCrate", result: dict, made: list["DataEntity"]) -> None:
+def add_action(crate: "ROCrate", result: dict, made: "list[Entity]") -> None:
     """Adds that a notebook made files, by which version, from which models and data, with its provenance."""
     stamp = result["provenance"]
     version = {"name": "llmprod", "softwareVersion": stamp["commit"]}
@@ -98,7 +97,7 @@ def add_action(crate: "ROCrate", result: dict, made: list["DataEntity"]) -> None
     )
 
 
-def add_input(crate: "ROCrate", name: str) -> "ContextEntity":
+def add_input(crate: "ROCrate", name: str) -> "Entity":
     """Adds a registered model or data set, with licence, citation and the sha256 of each of its files."""
     entry = artifacts.entry(name)
     words = {"name": name, "description": entry["about"], "license": entry["licence"], "citation": entry["citation"]}
@@ -106,7 +105,7 @@ def add_input(crate: "ROCrate", name: str) -> "ContextEntity":
     return add_about(crate, f"#{name}", "CreativeWork", words | {"sha256": json.dumps(sums)})
 
 
-def add_about(crate: "ROCrate", identifier: str, kind: str, words: dict) -> "ContextEntity":
+def add_about(crate: "ROCrate", identifier: str, kind: str, words: dict) -> "Entity":
     """Adds something that is no file, once."""
     from rocrate.model.contextentity import ContextEntity
 
