@@ -102,7 +102,7 @@ def test_a_reference_whose_spread_does_not_follow_from_its_values_is_refused(mon
     assert results.reference("cpu") == reference
     reference["03_evaluate"]["metrics"]["accuracy"] |= change
     written(monkeypatch, tmp_path, json.dumps({"notebooks": reference}))
-    with pytest.raises(LLMProdError, match=r"cpu\.json was damaged or edited .*make reference"):
+    with pytest.raises(LLMProdError, match=r"cpu\.json was damaged or edited.*make reference"):
         results.reference("cpu")
 
 

@@ -45,11 +45,21 @@ def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
     ("text", "message"),
     [
         ("02_finetune: {epochs: two}", "smoke.yaml: 02_finetune: epochs is 'two'; it takes a whole number"),
-        ("01_data: {encoding: 1}", "encoding is 1; it takes a text"),
-        ("01_data: {test_share: 20}", "test_share is 20; it takes a number from 0 to 1, such as 0.2"),
+        ("01_data: {encoding: [a]}", r"encoding is \['a'\]; it takes a text"),
+        ("01_data: {test_share: 20}", "test_share is '20'; it takes a number from 0 to 1, such as 0.2"),
         ("02_finetune: [epochs", "smoke.yaml is not YAML.*line 1"),
         ("02_finetune: 3", "smoke.yaml must hold names, each with a mapping"),
         ("09_x: {epochs: 1}", "There is no notebook '09_x'"),
+        ('"\\e[31m": {epochs: 1}', r"There is no notebook '·\[31m'"),
+        ("02_finetune: {on: 1}", "no parameter on"),
+        ("02_finetune: {1: 1, x: 2}", "no parameter 1, x"),
+        ("02_finetune: {[a]: 1}", "smoke.yaml is not YAML.*unhashable"),
+        ("02_finetune: {epochs: 1, epochs: 2}", "smoke.yaml is not YAML: epochs stands twice.*line 1"),
+        ("02_finetune: {epochs: 1}\n02_finetune: {}", "02_finetune stands twice"),
+        ("02_finetune: {epochs: 2024-02-30}", "epochs is '2024-02-30'; it takes a whole number"),
+        ("02_finetune: {epochs: !!int abc}", "epochs is 'abc'; it takes a whole number"),
+        ("02_finetune: {embeddings: !!bool x}", "embeddings is 'x'; it takes true or false"),
+        ("02_finetune: {epochs: " + "[" * 5000, "smoke.yaml is not YAML"),
     ],
 )
 def test_an_odd_profile_is_one_message(monkeypatch, tmp_path, text, message):
@@ -57,6 +67,27 @@ def test_an_odd_profile_is_one_message(monkeypatch, tmp_path, text, message):
     monkeypatch.setattr(paths, "PROFILES", tmp_path)
     with pytest.raises(LLMProdError, match=message):
         pipeline.profile("smoke")
+
+
+def test_a_folder_is_no_profile(monkeypatch, tmp_path):
+    (tmp_path / "smoke.yaml").mkdir()
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    with pytest.raises(LLMProdError, match=r"smoke\.yaml can't be read"):
+        pipeline.profile("smoke")
+
+
+def test_a_profile_and_params_read_a_value_alike(monkeypatch, tmp_path):
+    (tmp_path / "smoke.yaml").write_text("02_finetune: {seed: 010, model: 0123}")
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    found = pipeline.profile("smoke")["02_finetune"]
+    assert found == {"seed": 10, "model": "0123"} == pipeline.parse_parameters("seed=010 model=0123", ["02_finetune"])
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "'!!timestamp x'", "'!!bool x'", "'{a: b}'"])
+def test_a_list_that_cannot_be_read_is_one_short_message(value):
+    with pytest.raises(LLMProdError, match=r"spoken is .*it takes a list of texts") as error:
+        pipeline.converted({"spoken": value.strip("'")}, {"spoken": ["a"]}, "PARAMS")
+    assert len(str(error.value)) < 200
 
 
 def test_a_profile_reads_exponents_as_numbers(monkeypatch, tmp_path):
@@ -366,6 +397,18 @@ def test_predictions_that_were_changed_or_deleted_after_the_run_are_edited(tiny)
 def test_a_damaged_stamp_is_no_stamp(tiny, text):
     (tiny / "work/tiny/done.json").write_text(text)
     assert verdicts(tiny) == {"MISSING"} and not runner.is_up_to_date("tiny", pipeline.settings("cpu", {}), tiny)
+
+
+def test_no_escape_sequence_of_a_stamp_or_a_result_reaches_the_terminal(tiny, capsys):
+    path = tiny / "work/tiny/done.json"
+    stamp = files.read_json(path)
+    files.write_json(path, stamp | {"seal": stamp["seal"] | {"\x1b[2J": "x"}})
+    table = results.verify(tiny)
+    assert "changed after the run: ·[2J" in table["reason"][0]
+    assert "\x1b" not in results.markdown(table.assign(reason="a\x1b[2J\n"))
+    for option in ("--profile", "--notebook"):
+        assert main(["run", option, "\x1b[2J"]) == 2
+    assert "\x1b" not in "".join(capsys.readouterr())
 
 
 def test_other_source_and_an_uncommitted_tree_are_shown(tiny, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from llmprod import LLMProdError, artifacts, machine, paths
+from llmprod.tables import shown
 
 
 def pipeline() -> dict[str, dict]:
@@ -21,18 +22,36 @@ def pipeline() -> dict[str, dict]:
     return mapping(paths.NOTEBOOKS / "pipeline.yaml")
 
 
-def mapping(path: Path) -> dict[str, dict]:
+class Texts(yaml.BaseLoader):
+    """Reads every value as the text that it is, and refuses a name that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping. Raises yaml.YAMLError for a name that stands twice, since one of the values would be lost."""
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(problem=f"{twice} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+def mapping(path: Path, loader: type = yaml.SafeLoader) -> dict[str, dict]:
     """The content of a YAML file that maps names to mappings. Raises LLMProdError, with the place, if it does not."""
-    return parsed(path, path.read_bytes())
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LLMProdError(f"{path} can't be read: {error.strerror}.") from None
+    return parsed(path, content, loader)
 
 
 @cache
-def parsed(path: Path, content: bytes) -> dict[str, dict]:
+def parsed(path: Path, content: bytes, loader: type) -> dict[str, dict]:
     """The content of `mapping`, parsed once: every row of a study asks for it."""
     try:
-        found = yaml.safe_load(content) or {}
-    except yaml.YAMLError as error:
-        raise LLMProdError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        found = yaml.load(content, loader) or {}
+    except UNREADABLE as error:
+        raise LLMProdError(f"{path} is not YAML: {shown(' '.join(str(error).split()), 500)}") from None
     if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
         raise LLMProdError(f"{path} must hold names, each with a mapping, such as 02_finetune: {{epochs: 1}}.")
     return found
@@ -74,7 +93,7 @@ def read(notebook: str) -> dict:
     Raises LLMProdError, with the known names, for an unknown one, or if it is damaged.
     """
     if notebook not in pipeline():
-        raise LLMProdError(f"There is no notebook '{notebook}'; there are: {', '.join(pipeline())}.")
+        raise LLMProdError(f"There is no notebook '{shown(notebook)}'; there are: {', '.join(pipeline())}.")
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
     try:
         found = json.loads(path.read_bytes())
@@ -88,11 +107,11 @@ def profile(name: str) -> dict[str, dict]:
     """The parameters that a profile overrides: notebook -> name -> value. Raises LLMProdError for an unknown one."""
     files = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
     if name not in files:
-        raise LLMProdError(f"There is no profile '{name}'; there are: {', '.join(files)}.")
+        raise LLMProdError(f"There is no profile '{shown(name)}'; there are: {', '.join(files)}.")
     overrides = {}
-    for notebook, values in mapping(files[name]).items():
+    for notebook, values in mapping(files[name], Texts).items():
         if unknown := sorted(set(values) - set(declared(notebook))):
-            raise LLMProdError(f"{name}.yaml: {notebook} has no parameter {', '.join(unknown)}.")
+            raise LLMProdError(f"{name}.yaml: {notebook} has no parameter {shown(', '.join(unknown))}.")
         overrides[notebook] = converted(values, declared(notebook), f"{name}.yaml: {notebook}")
     return overrides
 
@@ -117,16 +136,16 @@ def convert(name: str, value: object, default: object, where: str) -> object:
             if low <= number <= high and (kind is float or number == int(number)):
                 return kind(number)
         elif kind is list:
-            texts = yaml.safe_load(value) if isinstance(value, str) else list(value)
-            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-                return texts
+            texts = yaml.safe_load(value) if isinstance(value, str) else value
+            if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+                return list(texts)
         elif isinstance(value, str):
             value.encode()  # a name that isn't UTF-8 could be written into no notebook
             return value
-    except (ValueError, TypeError, KeyError, ArithmeticError, yaml.YAMLError):
+    except (ArithmeticError, *UNREADABLE):
         pass
     limits = "" if kind not in (int, float) else f" from {low} to {high}" if high < LARGEST else f" of at least {low}"
-    raise LLMProdError(f"{where}: {name} is {value!r}; it takes {KINDS[kind]}{limits}, such as {default!r}.")
+    raise LLMProdError(f"{where}: {name} is {shown(repr(value))}; it takes {KINDS[kind]}{limits}, such as {default!r}.")
 
 
 def parse_parameters(text: str, notebooks: Iterable[str]) -> dict[str, object]:

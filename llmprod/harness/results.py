@@ -6,6 +6,7 @@ protocols of the notebooks it builds on. A verdict compares only what has the sa
 
 import hashlib
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,11 @@ from llmprod.harness import examples, track
 from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
 from llmprod.shapes import finite, finites, number_or_none, positive, text
 from llmprod.shapes import number as is_number
+from llmprod.tables import shown
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 EDITED = "EDITED"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and what turns the direction of a text
 TEXTS = {"*": text}
 STAMP = dict.fromkeys(("source", "commit", "machine"), text)
 STAMP |= {"minutes": is_number, "versions": TEXTS, "parameters": {}}
@@ -108,7 +111,7 @@ def seal(folder: Path, notebook: str) -> dict[str, str]:
 def edited(folder: Path, notebook: str) -> list[str]:
     """Which of the files of `seal` are not as the runner left them; none where the notebook was not finished."""
     sealed, found = stamp_of(folder, notebook).get("seal", {}), seal(folder, notebook)
-    return [name for name in sealed | found if sealed and sealed.get(name) != found.get(name)]
+    return [shown(name) for name in sealed | found if sealed and sealed.get(name) != found.get(name)]
 
 
 # Reference and verdict
@@ -318,8 +321,9 @@ def tally(table: pd.DataFrame) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A frame as a Markdown table, with its cells unchanged."""
-    return table.to_markdown(index=False, disable_numparse=True)
+    """A frame as a Markdown table, its cells unchanged but for control characters, which a terminal would obey."""
+    cells = table.map(lambda value: CONTROL.sub("·", value) if isinstance(value, str) else value)
+    return cells.to_markdown(index=False, disable_numparse=True)
 
 
 def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
