@@ -59,6 +59,11 @@ def test_verdict_by_distance(value, name):
     assert verdict(result(value), expected(0.96, 0.97, 0.98))[0] == name
 
 
+def test_the_table_holds_numbers_for_people():
+    table = results.verdict({"03_evaluate": result(0.97)}, expected(0.96, 0.97, 0.98), ["03_evaluate"])
+    assert table.loc[0, ["reference", "yours", "tolerance"]].tolist() == ["0.9700 ± 0.0100 (3)", "0.9700", "0.0346"]
+
+
 def test_one_test_example_may_differ_where_seeds_do_not():
     reference = expected(0.5, 0.5, 0.5, n=100)
     assert verdict(result(0.51, 100), reference)[0] == "REPRODUCED"

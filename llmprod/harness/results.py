@@ -229,7 +229,7 @@ def verdict(
                     "published": f"{other['value']:.4g} ({other['method']})" if other else "",
                     "reference": spread(metric) if metric else "",
                     "yours": "" if value is None else number(value),
-                    "tolerance": is_number(tolerance(metric)) if metric else "",
+                    "tolerance": number(tolerance(metric)) if metric else "",
                     **judge(mine, theirs, metric, value, predicted.get(name)),
                 }
             )
