@@ -1,7 +1,6 @@
 """The shape that the content of a JSON file must have before it is used."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from llmprod import LLMProdError
@@ -25,7 +24,7 @@ def fits(found: object, shape: object) -> bool:
     return needed <= found.keys() and all(fits(value, part) for value, part in parts)
 
 
-def read(path: Path, shape: Mapping, way_out: str, error: type[LLMProdError] = LLMProdError) -> dict:
+def read(path: Path, shape: object, way_out: str, error: type[LLMProdError] = LLMProdError) -> dict | list:
     """The content of a JSON file. Raises an error, with the way out, if it is damaged or has another shape."""
     try:
         found = read_json(path)

@@ -93,9 +93,9 @@ def test_adaloras_penalty_is_zero_for_orthogonal_factors():
 
 
 @pytest.fixture(scope="module")
-def unmeasured(small, tmp_path_factory):
-    """Training without any measure, once for each way of it."""
-    folder, made = tmp_path_factory.mktemp("unmeasured"), {}
+def untreated(small, tmp_path_factory):
+    """Training without a measure against over-fitting, once for each way of it."""
+    folder, made = tmp_path_factory.mktemp("untreated"), {}
 
     def of(**way: object) -> learn.Learnt:
         name = str(way)
@@ -119,9 +119,9 @@ def unmeasured(small, tmp_path_factory):
     ],
     ids=str,
 )
-def test_every_measure_against_over_fitting_changes_training_and_still_learns(change, small, unmeasured, tmp_path):
+def test_every_measure_against_over_fitting_changes_training_and_still_learns(change, small, untreated, tmp_path):
     splits, _ = small
-    plain = unmeasured(**{k: v for k, v in change.items() if k in FAST or k == "method"})
+    plain = untreated(**{k: v for k, v in change.items() if k in FAST or k == "method"})
     other = short_run(small, tmp_path, shots=8, epochs=3, **change)
     assert not torch.equal(plain.predictor.model.classifier.weight, other.predictor.model.classifier.weight)
     assert accuracy(other, splits["test"]) > 0.5

@@ -847,12 +847,16 @@ def test_ids_with_a_space_count_within_their_file():
     assert one.id != other.id and one.id.startswith("17@")
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "long" * 100])
-def test_a_place_that_cannot_be_is_one_message(name):
-    with pytest.raises(NewsError, match="is not a source"):
-        sources.open_source(name)
-    with pytest.raises(NewsError):
-        Journal("/tmp/" + name if name.startswith("long") else "/proc/none/" + name, shared=True)
+def test_a_place_that_cannot_be_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~nobody-of-that-name/x", "long" * 100):
+        with pytest.raises(NewsError, match="is not a source"):
+            sources.open_source(name)
+    for shared in (False, True):
+        with pytest.raises(NewsError, match="can't be"):
+            Journal("long" * 100, shared=shared)
+    Journal("~nobody-of-that-name/x").close()
+    assert (tmp_path / "~nobody-of-that-name/x").is_file(), "a shell leaves the name of nobody as it is"
 
 
 def test_journal_keeps_everything_or_nothing(journal):

@@ -1,6 +1,5 @@
 """The bundle: one folder that holds all that is served, with a checksum of every file and texts with their answers."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from scipy.special import softmax
 from llmprod import LLMProdError, artifacts, files, machine, shapes
 from llmprod.models import ModelError, Predictor
 from llmprod.optimize import export
-from llmprod.shapes import number, text
 
 FORMAT = 1
 MANIFEST, FROZEN = "bundle.json", "frozen.json"
@@ -59,15 +57,13 @@ class Bundle:
 
         Raises BundleError if the file does not hold that.
         """
-        shape = [{"text": text, "label": text, "answer": self.labels.__contains__, "confidence": number}]
-        try:
-            found = json.loads((self.folder / FROZEN).read_text(encoding="utf-8"))
-            sound = shapes.fits(found, shape)
-        except (ValueError, OSError, TypeError, RecursionError):
-            sound = False
-        if not sound:
-            raise BundleError(f"{self.folder / FROZEN} does not hold texts with the model's answers. Write it again.")
-        return found
+        one = {
+            "text": shapes.text,
+            "label": shapes.text,
+            "answer": self.labels.__contains__,
+            "confidence": shapes.number,
+        }
+        return shapes.read(self.folder / FROZEN, [one], "write the bundle again", BundleError)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Calibrated probabilities (texts, classes), computed by batches of similar length."""

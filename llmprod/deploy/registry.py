@@ -11,10 +11,9 @@ from filelock import FileLock
 from llmprod import files, shapes
 from llmprod.deploy import bundle
 from llmprod.deploy.bundle import Bundle, BundleError
-from llmprod.shapes import text
 
 STATE = "served.json"
-SHAPE = {"current": text, "shadow": text, "history": [{"id": text, "why": text}]}
+SHAPE = {"current": shapes.text, "shadow": shapes.text, "history": [{"id": shapes.text, "why": shapes.text}]}
 
 
 class Registry:

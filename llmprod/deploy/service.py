@@ -18,7 +18,7 @@ from llmprod.deploy.guard import KEY, Guard, Limits, Meters
 from llmprod.deploy.messages import Classifications, Classified, Feedback, Texts, Turns, Wanted
 from llmprod.deploy.registry import Registry
 from llmprod.extras import extra
-from llmprod.formats import shown
+from llmprod.tables import shown
 
 with extra("serve"):
     import uvicorn

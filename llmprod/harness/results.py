@@ -18,20 +18,22 @@ from llmprod import LLMProdError, machine, paths, shapes
 from llmprod.files import read_json, write_json
 from llmprod.harness import examples, track
 from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
-from llmprod.shapes import finite, finites, number_or_none, positive, text
-from llmprod.shapes import number as is_number
 from llmprod.tables import shown
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 EDITED = "EDITED"
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and what turns the direction of a text
-TEXTS = {"*": text}
-STAMP = dict.fromkeys(("source", "commit", "machine"), text)
-STAMP |= {"minutes": is_number, "versions": TEXTS, "parameters": {}}
-NUMBERS = {"*": is_number}
-RESULT = {"metrics": {"*": {"value": is_number}}, "speeds": NUMBERS, "protocol": {}, "provenance": STAMP}
-METRIC = {"value": finites, "mean": finite, "sd": finite, "runs": positive, "n?": positive}
-REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": number_or_none}}}
+STAMP = dict.fromkeys(("source", "commit", "machine"), shapes.text)
+STAMP |= {"minutes": shapes.number, "versions": {"*": shapes.text}, "parameters": {}}
+RESULT = {
+    "metrics": {"*": {"value": shapes.number}},
+    "speeds": {"*": shapes.number},
+    "protocol": {},
+    "provenance": STAMP,
+}
+METRIC = {"value": shapes.finites, "mean": shapes.finite, "sd": shapes.finite}
+METRIC |= {"runs": shapes.positive, "n?": shapes.positive}
+REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": shapes.number_or_none}}}
 
 
 def record(

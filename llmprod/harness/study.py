@@ -23,15 +23,13 @@ from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, artifacts, files, machine, paths, shapes
 from llmprod.harness import pipeline, results, runner
-from llmprod.shapes import number as is_number
-from llmprod.shapes import text
 from llmprod.tables import shown
 
 FOLDER = paths.REPORTS / "studies"
-NUMBERS = {"*": is_number}
+NUMBERS = {"*": shapes.number}
 ROW = {
-    "key": text, "parameters": {"experiment": text}, "metrics": NUMBERS, "speeds": NUMBERS,
-    "provenance": {"minutes": is_number}, "curve?": {"*": [is_number]},
+    "key": shapes.text, "parameters": {"experiment": shapes.text}, "metrics": NUMBERS, "speeds": NUMBERS,
+    "provenance": {"minutes": shapes.number}, "curve?": {"*": [shapes.number]},
 }  # fmt: skip
 STALE = "† measured by code that has changed since; `python -m llmprod study --stale` measures it again"
 

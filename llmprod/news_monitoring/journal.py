@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -59,17 +59,17 @@ FIXABLE = {  # SQLite's primary result codes
 }
 
 
-def _new() -> sqlite3.Connection:
-    """A journal in memory, as it is made."""
-    db = sqlite3.connect(":memory:")
-    db.executescript(SCHEMA)
-    return db
-
-
 def _made_of(db: sqlite3.Connection) -> set[tuple[str, str, str]]:
     """The tables and indices of a database: kind, name, definition."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
     return {(kind, name, " ".join(sql.split())) for kind, name, sql in db.execute(query)}
+
+
+def _as_made() -> set[tuple[str, str, str]]:
+    """`_made_of` a new journal."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        return _made_of(db)
 
 
 @contextmanager
@@ -151,7 +151,7 @@ class Journal:
             )
         elif (
             self.db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok"
-            or _made_of(self.db) != _made_of(_new())
+            or _made_of(self.db) != _as_made()
             or not self._can_be_read()
         ):
             raise NewsError(f"{self.path} {DAMAGED}")
