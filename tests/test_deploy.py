@@ -312,6 +312,13 @@ class Running:
             time.sleep(0.1)
         raise AssertionError(self.log.read_text())
 
+    def logged(self, text: str) -> bool:
+        """Whether a text comes to stand in the log, which is written after the answer was sent."""
+        deadline = time.monotonic() + 10
+        while text not in (written := self.log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return text in written
+
     def end(self) -> int:
         """Stops it as an operator does, and returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -390,7 +397,7 @@ def test_the_trace_of_the_client_is_kept(running):
     reply = running.http.post(
         "/classify", json={"texts": ["oil"]}, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     )
-    assert trace in reply.headers["traceparent"] and f'"trace": "{trace}"' in running.log.read_text()
+    assert trace in reply.headers["traceparent"] and running.logged(f'"trace": "{trace}"')
     own = running.http.post("/classify", json={"texts": ["oil"]}, headers={"traceparent": "x"}).headers["traceparent"]
     assert guard.TRACE.fullmatch(own)
 
