@@ -10,14 +10,14 @@ import nbformat
 import pytest
 
 from llmprod import paths
-from llmprod.harness import pipeline, report, study
+from llmprod.harness import fingerprints, report, study
 
 GROUND = ("paths", "files", "machine", "artifacts", "extras", "formats", "tables", "shapes")
 CHAIN = ("data", "models", "finetune", "evaluate", "optimize", "deploy", "feedback")
 CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}
 COMMANDS = ("llmprod.__main__", "llmprod.products")
-HARNESS_ORDER = ("pipeline", "track", "results", "runner", "study", "report")
+HARNESS_ORDER = ("pipeline", "fingerprints", "track", "results", "runner", "study", "report")
 FILE, PACKAGE, CELL, SECTIONS = 350, 15_900, 35, 30
 
 
@@ -61,7 +61,7 @@ def code_of(notebook: nbformat.NotebookNode) -> str:
 
 def imports(code: str) -> set[str]:
     """The modules of ours that a piece of code imports."""
-    return pipeline.imports_of(ast.parse(code)) - {"llmprod"}
+    return fingerprints.imports_of(ast.parse(code)) - {"llmprod"}
 
 
 # The checkers: each returns what is wrong

@@ -1,6 +1,5 @@
 """Profiles, parameters, what is run again and what is not, failures and kills."""
 
-import ast
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from llmprod.__main__ import main
 from llmprod.harness import pipeline, report, results, runner
 
 from .conftest import llmprod
+from .test_fingerprints import statement_in
 
 PROFILES = sorted(p.stem for p in paths.PROFILES.glob("*.yaml"))
 
@@ -473,87 +473,13 @@ def test_a_changed_notebook_reruns_it_and_what_builds_on_it(smoke_run, own_noteb
     assert stale(smoke_run) == {"02_finetune", *after}
 
 
-@pytest.mark.parametrize(
-    ("module", "reruns"),
-    [
-        ("evaluate/robust", {"03_evaluate"}),
-        ("recommendation/scorers", {"13_recommendation"}),
-        ("models", {*pipeline.pipeline()}),
-        ("harness/report", set()),
-        ("harness/notebooks", set()),
-    ],
-)
-def test_a_changed_module_reruns_what_imports_it(smoke_run, monkeypatch, tmp_path, module, reruns):
+def test_a_changed_function_reruns_what_uses_it(smoke_run, monkeypatch, tmp_path):
     shutil.copytree(paths.PACKAGE, tmp_path / "llmprod")
     monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
     assert not stale(smoke_run)
-    with (tmp_path / "llmprod" / f"{module}.py").open("a") as file:
-        file.write("\nCHANGED = True\n")
-    assert stale(smoke_run) == reruns
-
-
-def fingerprints_of_all() -> dict[str, str]:
-    return {name: pipeline.fingerprint(name, pipeline.settings("cpu", {})) for name in pipeline.pipeline()}
-
-
-@pytest.fixture(scope="module")
-def fingerprints():
-    """Those of the notebooks as they are."""
-    return fingerprints_of_all()
-
-
-@pytest.mark.parametrize(
-    ("file", "reruns"),
-    [
-        ("llmprod/recommendation/scorers.py", {"13_recommendation"}),
-        ("llmprod/financial_sentiment/sentiment.py", {"12_financial_sentiment", "14_news_monitoring"}),
-        ("llmprod/customer_service/support_desk/questions.jsonl", {"11_customer_service"}),
-        ("llmprod/optimize/export.py", {"04_optimize", "05_deploy", "06_feedback", "14_news_monitoring"}),
-        ("llmprod/machine.py", {*pipeline.pipeline()}),
-        ("llmprod/harness/report.py", set()),
-        ("llmprod/harness/page.html", set()),
-        ("notebooks/tables.yaml", set()),
-        ("README.md", set()),
-    ],
-)
-def test_a_changed_file_changes_the_fingerprints_that_depend_on_it(monkeypatch, tmp_path, fingerprints, file, reruns):
-    skipped = shutil.ignore_patterns("__pycache__", "repository")
-    for name in ("llmprod", "notebooks"):
-        shutil.copytree(paths.ROOT / name, tmp_path / name, ignore=skipped)
-    shutil.copy(paths.ROOT / "README.md", tmp_path)
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
-    path = tmp_path / file
-    more = {".py": "\nCHANGED = True\n", ".yaml": "\nchanged: true\n"}.get(path.suffix, "changed")
-    path.write_text(path.read_text() + more)
-    after = fingerprints_of_all()
-    assert {name for name in after if after[name] != fingerprints[name]} == reruns
-
-
-def test_a_file_that_a_module_names_counts_with_it(monkeypatch, tmp_path):
-    shutil.copytree(paths.PACKAGE, tmp_path / "llmprod", ignore=shutil.ignore_patterns("__pycache__", "repository"))
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "llmprod")
-    (tmp_path / "llmprod/evaluate/lists.py").write_text('WORDS = "words.yaml"\n')
-    tree, prints = pipeline.syntax_tree("from llmprod.evaluate import lists"), []
-    for words in ("a", "b", "b"):
-        (tmp_path / "llmprod/evaluate/words.yaml").write_text(words)
-        prints.append(pipeline.code_fingerprint(tree))
-    assert prints[0] != prints[1] == prints[2]
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import llmprod.nothing",
-        "from llmprod import nothing",
-        "from llmprod.evaluate import nothing",
-        "from llmprod.evaluate.metrics import nothing",
-        "from . import files",
-    ],
-)
-def test_an_import_that_cannot_be_found_is_an_error(code):
-    with pytest.raises(LLMProdError):
-        pipeline.modules_of(pipeline.syntax_tree(code))
+    path = tmp_path / "llmprod/evaluate/robust.py"
+    path.write_text(statement_in("typos")(path.read_text()))
+    assert stale(smoke_run) == {"03_evaluate"}
 
 
 def test_a_changed_artifact_reruns_what_reads_it(smoke_run, monkeypatch):
@@ -575,12 +501,6 @@ def test_provenance_stamp(smoke_run):
         assert stamp["device"].startswith(("cpu, ", "cuda, ")) and stamp["peak memory, MB"] > 100
         assert stamp["versions"]["torch"] and stamp["machine"] and stamp["minutes"] > 0 and stamp["commit"]
         assert results.results(smoke_run)[name]["speeds"]["peak memory, MB"] > 100
-
-
-def test_a_fingerprint_is_the_same_in_every_version_of_python():
-    """3.12 gave functions type parameters, 3.13 leaves empty lists out of dumps: only what is written counts."""
-    function = ["FunctionDef", {"name": "'f'", "args": ["arguments", {}], "body": [["Pass", {}]]}]
-    assert pipeline.plain_tree(ast.parse("def f():\n    pass  # nothing")) == ["Module", {"body": [function]}]
 
 
 # Failures

@@ -1,6 +1,5 @@
 """Studies: declared runs can run, finished ones are kept, changed code is noticed, committed rows are declared ones."""
 
-import ast
 import json
 import os
 import re
@@ -17,6 +16,8 @@ import yaml
 
 from llmprod import LLMProdError, data, machine, paths
 from llmprod.harness import check, results, study
+
+from .test_fingerprints import statement_in
 
 EMPTY = {"metrics": {}, "speeds": {}, "provenance": {"minutes": 1}}  # of a row that found nothing
 
@@ -135,24 +136,18 @@ def own_package(monkeypatch, tmp_path):
     return edit
 
 
-def statement_in(function: str) -> Callable[[str], str]:
-    """An edit that adds a statement at the end of a function."""
-
-    def change(source: str) -> str:
-        (node,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == function]
-        lines = source.splitlines(keepends=True)
-        return "".join([*lines[: node.body[-1].lineno - 1], "    changed = 1\n", *lines[node.body[-1].lineno - 1 :]])
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("module", "function", "experiments"),
     [
-        ("financial_sentiment/studies.py", "weak_supervision", {"weak labels", "alarms"}),  # it imports this module
+        ("financial_sentiment/studies.py", "weak_supervision", {"weak labels"}),
+        ("financial_sentiment/studies.py", "training_of", {"alarms", "heads", "rating", "weak labels"}),
         ("recommendation/sequence.py", "next_items", {"next item"}),
         ("recommendation/scorers.py", "ease", {"next item", "recommendation"}),
-        ("machine.py", "cores", set(study.declarations()["experiments"])),
+        (
+            "machine.py",
+            "device_and_precision",
+            set(study.declarations()["experiments"]) - {"bag of words", "setfit", "next item"},
+        ),
         ("harness/study.py", "table", set()),
     ],
 )

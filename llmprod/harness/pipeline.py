@@ -1,19 +1,17 @@
-"""The pipeline: notebooks, parameters, profiles, fingerprints."""
+"""The pipeline: notebooks, parameters, profiles."""
 
 import ast
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from llmprod import LLMProdError, artifacts, machine, paths
+from llmprod import LLMProdError, paths
 from llmprod.tables import shown
 
 
@@ -56,8 +54,6 @@ def parsed(path: Path, content: bytes, loader: type) -> dict[str, dict]:
         raise LLMProdError(f"{path} must hold names, each with a mapping, such as 02_finetune: {{epochs: 1}}.")
     return found
 
-
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 # Parameters
 
@@ -173,7 +169,7 @@ def parse_parameters(text: str, notebooks: Iterable[str]) -> dict[str, object]:
     return converted(found, defaults, "PARAMS")
 
 
-# Fingerprints
+# Notebooks and their order
 
 
 def code_of(notebook: Mapping) -> list[str]:
@@ -181,133 +177,6 @@ def code_of(notebook: Mapping) -> list[str]:
     skipped = {"injected-parameters", "setup"}
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return ["".join(cell["source"]) for cell in code if not skipped & set(cell["metadata"].get("tags", []))]
-
-
-def module_file(name: str) -> Path | None:
-    """The file of a module of ours (`llmprod.evaluate.metrics`; of a package its `__init__.py`), or None."""
-    place = paths.PACKAGE.joinpath(*name.split(".")[1:])
-    return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
-
-
-@cache
-def syntax_tree(source: str) -> ast.Module:
-    """The syntax tree of code without its docstrings: like comments and line breaks, they change no number."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return tree
-
-
-def module_tree(name: str) -> ast.Module:
-    """`syntax_tree` of a module of ours. Raises LLMProdError if there is no such module."""
-    if not (file := module_file(name)):
-        raise LLMProdError(f"There is no module {name}, which is imported.")
-    return syntax_tree(file.read_text(encoding="utf-8"))
-
-
-def bound_by(statement: ast.stmt) -> set[str]:
-    """The names that a statement at the top of a module defines, assigns or imports."""
-    if isinstance(statement, DEFINITIONS):
-        return {statement.name}
-    nodes = list(ast.walk(statement))
-    names = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
-    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return names | {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
-
-
-@cache
-def defined_in(tree: ast.Module) -> frozenset[str]:
-    """The names that a module defines, assigns or imports at its top."""
-    return frozenset().union(*map(bound_by, tree.body))
-
-
-@cache
-def nodes_of(tree: ast.AST, *kinds: type[ast.AST]) -> tuple[ast.AST, ...]:
-    """The nodes of these kinds, found once: ten notebooks import the same modules."""
-    return tuple(node for node in ast.walk(tree) if isinstance(node, kinds))
-
-
-def imports_of(tree: ast.AST) -> set[str]:
-    """The modules of ours that code imports, anywhere in it. Raises LLMProdError for what can't be found."""
-    found = set()
-    for node in nodes_of(tree, ast.Import, ast.ImportFrom):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "llmprod"}
-        elif node.level:
-            raise LLMProdError("Relative imports are not followed: write the module's full name.")
-        elif node.module.split(".")[0] == "llmprod":
-            names = {alias.name for alias in node.names} - defined_in(module_tree(node.module))
-            found |= {node.module} | {f"{node.module}.{name}" for name in names}  # not defined: must be a submodule
-    for name in found:
-        module_tree(name)
-    return found
-
-
-def modules_of(tree: ast.AST) -> dict[str, ast.Module]:
-    """The modules of ours that code imports, and those that they import, each with its syntax tree.
-
-    Importing `llmprod.a.b` runs `llmprod` and `llmprod.a`, so they are among them.
-    """
-    found, waiting = {}, imports_of(tree)
-    while waiting:
-        name = waiting.pop()
-        found[name] = module_tree(name)
-        waiting |= (imports_of(found[name]) | {name.rpartition(".")[0]}) - set(found) - {""}
-    return found
-
-
-def data_files(module: str, tree: ast.Module) -> dict[str, str]:
-    """The files and folders of data that a module names and that lie next to it, such as word lists, with fingerprints.
-
-    Not the registry of artifacts, of which only the entries count that a parameter names.
-    """
-    named = {node.value for node in nodes_of(tree, ast.Constant) if isinstance(node.value, str)}
-    near = {path.name: path for path in module_file(module).parent.iterdir() if path.name in named}
-    data = {name: path for name, path in near.items() if path.suffix not in ("", ".py") or holds_data(path)}
-    return {name: artifacts.checksum(str(data[name])) for name in sorted(set(data) - {"artifacts.yaml"})}
-
-
-def holds_data(folder: Path) -> bool:
-    """Whether a path is a folder without code."""
-    return folder.is_dir() and not any(folder.rglob("*.py*"))
-
-
-def code_fingerprint(tree: ast.AST) -> str:
-    """A fingerprint of code and of all modules of ours that it comes to import: whatever can change its numbers."""
-    modules = {name: [tree_fingerprint(module), data_files(name, module)] for name, module in modules_of(tree).items()}
-    return hashlib.sha256(json.dumps([tree_fingerprint(tree), modules], sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def tree_fingerprint(tree: ast.AST) -> str:
-    """A fingerprint of code alone, reckoned once."""
-    return hashlib.sha256(json.dumps(plain_tree(tree), sort_keys=True).encode()).hexdigest()
-
-
-def plain_tree(node: object) -> object:
-    """A syntax tree as plain values without its empty fields, of which each version of Python has others."""
-    if isinstance(node, ast.AST):
-        fields = {name: plain_tree(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
-        return [type(node).__name__, fields]
-    return [plain_tree(item) for item in node] if isinstance(node, list) else repr(node)
-
-
-def part_of(module: str, function: str) -> ast.Module:
-    """A function, and what it uses of its module: imports, constants, other functions.
-
-    Raises LLMProdError if the module has no such function.
-    """
-    body, kept, names = deepcopy(module_tree(module).body), [], {function}
-    while more := [node for node in body if node not in kept and names & bound_by(node)]:
-        kept += more
-        names |= {n.id for node in more for n in ast.walk(node) if isinstance(n, ast.Name)}
-    if not kept:
-        raise LLMProdError(f"There is no function {function} in {module}.")
-    for node in kept:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in names]
-    return ast.Module([node for node in body if node in kept], [])
 
 
 def source_hash(notebook: str) -> str:
@@ -322,25 +191,6 @@ def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, d
         notebook: overrides.get(notebook, {}) | {k: v for k, v in parameters.items() if k in declared(notebook)}
         for notebook in pipeline()
     }
-
-
-def fingerprint(notebook: str, injected: Mapping[str, dict]) -> str:
-    """A fingerprint of what a notebook's results depend on: code, parameters, inputs, library versions, upstream."""
-    values = declared(notebook) | injected[notebook]
-    code = "\n".join(line for cell in code_of(read(notebook)) for line in cell.splitlines() if not line.startswith("%"))
-    parts = {
-        "code": code_fingerprint(syntax_tree(code)),
-        "parameters": values,
-        "inputs": {k: artifacts.checksum(v) for k, v in values.items() if isinstance(v, str) and is_input(v)},
-        "versions": machine.versions(machine.SHOWN),
-        "upstream": {name: fingerprint(name, injected) for name in pipeline()[notebook]["needs"]},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def is_input(value: str) -> bool:
-    """Whether a parameter's value names an artifact or an existing file or folder."""
-    return value in artifacts.registry() or os.path.exists(os.path.expanduser(value))
 
 
 def with_upstream(notebook: str) -> list[str]:

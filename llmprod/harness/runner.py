@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from llmprod import LLMProdError, files, machine, paths
 from llmprod.harness import examples, pipeline, results
-from llmprod.harness.pipeline import declared, fingerprint, settings, source_hash, with_upstream
+from llmprod.harness.fingerprints import fingerprint
+from llmprod.harness.pipeline import declared, settings, source_hash, with_upstream
 
 # what a web page of a run may load: its own styles and figures, nothing from elsewhere, no script
 POLICY = (

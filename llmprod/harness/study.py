@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from llmprod import LLMProdError, artifacts, files, machine, paths, shapes
-from llmprod.harness import pipeline, results, runner
+from llmprod.harness import fingerprints, pipeline, results, runner
 from llmprod.tables import shown
 
 FOLDER = paths.REPORTS / "studies"
@@ -86,8 +86,9 @@ def key(parameters: Mapping[str, object]) -> str:
 
 
 def code_of(experiment: str) -> str:
-    """A fingerprint of an experiment's function and of all modules of ours that it comes to import."""
-    return pipeline.code_fingerprint(pipeline.part_of(*declarations()["experiments"][experiment]["run"].split(":")))
+    """A fingerprint of an experiment's function and of all that it reaches in our modules."""
+    module, _, function = declarations()["experiments"][experiment]["run"].partition(":")
+    return fingerprints.of_code(f"from {module} import {function}\n{function}")
 
 
 def code(parameters: Mapping[str, object], fingerprint: str = "") -> str:
