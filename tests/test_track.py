@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from llmprod import LLMProdError, paths
+from llmprod import LLMProdError, artifacts, paths
 from llmprod.harness import track
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -39,6 +39,8 @@ run = track.start("01_data", {"seed": seed, "dataset": dataset})
 run.log({"loss": 0.5}, step=1)
 run.figure("one", plt.figure())
 run.table("two", pd.DataFrame({"class": ["a"], "F1": [0.5]}))
+(run.work / "made.json").write_text("{}")
+run.lineage(run.work / "made.json", of=[run.work / "made.json"])
 run.finish({"accuracy": 0.25}, {"sha256 of data": "abc"})
 """
 
@@ -229,9 +231,9 @@ def read_offline_run(path):
 
 
 def offline_run(folder, notebook):
-    """What the tracker kept of a notebook's run: its identity, config and summary."""
+    """What the tracker kept of a notebook's run: its identity, config, summary and artifacts."""
     for path in sorted(folder.glob("work/wandb/offline-run-*/*.wandb")):
-        run, config, summary = None, {}, {}
+        run, config, summary, made = None, {}, {}, {}
         for record in read_offline_run(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
@@ -242,18 +244,21 @@ def offline_run(folder, notebook):
             elif kind == "summary":
                 summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.summary.update}
                 continue
+            elif kind == "artifact":
+                made[record.artifact.name] = record.artifact
+                continue
             else:
                 continue
             config |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
         if run is not None and run.job_type == notebook:
-            return run, config, summary
+            return run, config, summary, made
     raise AssertionError(f"no offline run of {notebook}")
 
 
 @pytest.mark.parametrize("notebook", ["01_data", "02_finetune", "03_evaluate"])
 def test_offline_run_holds_the_numbers_of_the_results_file(smoke_run, notebook):
     result = json.loads((smoke_run / "results" / f"{notebook}.json").read_text())
-    run, config, summary = offline_run(smoke_run, notebook)
+    run, config, summary, _ = offline_run(smoke_run, notebook)
     for name, metric in result["metrics"].items():
         assert summary[name] == pytest.approx(metric["value"]), name
     for name, value in result["speeds"].items():
@@ -263,6 +268,19 @@ def test_offline_run_holds_the_numbers_of_the_results_file(smoke_run, notebook):
             assert config[name] == value, name
     assert run.run_group == result["provenance"]["commit"]
     assert run.display_name == f"{notebook}-smoke-seed{result['seed']}"
+
+
+@pytest.mark.parametrize(
+    ("notebook", "of"), [("01_data", []), ("06_feedback", ["01_data", "02_finetune", "05_deploy"])]
+)
+def test_an_offline_run_says_what_it_was_made_of(smoke_run, notebook, of):
+    """Data, model, bundle, feedback: each result is an artifact whose metadata name the results behind it."""
+    *_, made = offline_run(smoke_run, notebook)
+    result = made[f"{notebook}-smoke"]
+    (entry,) = result.manifest.contents
+    assert entry.path == f"{notebook}.json" and entry.size == (smoke_run / "results" / entry.path).stat().st_size
+    expected = {name: artifacts.sha256(smoke_run / "results" / f"{name}.json") for name in of}
+    assert json.loads(result.metadata)["made_of"] == expected
 
 
 def test_tensorboard_has_the_same_numbers(smoke_run):

@@ -61,8 +61,8 @@ def record(
     counts, speeds = counts or {}, speeds or {}
     checksums = {f"sha256 of {name}": value for name, value in (checksums or {}).items()}
     protocol = {name: value for name, value in run.parameters.items() if name != "seed"} | checksums
-    for upstream in pipeline()[run.notebook]["needs"]:
-        protocol[upstream] = read_json(run.folder / "results" / f"{upstream}.json")["protocol"]
+    needed = [run.folder / "results" / f"{upstream}.json" for upstream in pipeline()[run.notebook]["needs"]]
+    protocol |= {path.stem: read_json(path)["protocol"] for path in needed}
     numbers = n if isinstance(n, Mapping) else {"": n}
     metrics = {name: {"value": float(value), "n": numbers.get(name, numbers[""])} for name, value in scores.items()}
     metrics |= {name: {"value": int(value)} for name, value in counts.items()}
@@ -76,7 +76,8 @@ def record(
     }
     if predictions is not None:
         examples.write(examples.of_run(run.folder, run.notebook), predictions)
-    write_json(run.folder / "results" / f"{run.notebook}.json", result)
+    write_json(made := run.folder / "results" / f"{run.notebook}.json", result)
+    run.lineage(made, of=needed)
     run.finish({name: metric["value"] for name, metric in metrics.items()} | result["speeds"], checksums)
     return verdict({run.notebook: result}, reference(run.folder.name), [run.notebook], run.folder)
 
@@ -307,12 +308,11 @@ def notes(folder: Path, notebooks: list[str] | None = None) -> list[str]:
     }
     other = [name for name, stamp in stamps.items() if stamp["source"] != source_hash(name)]
     unclean = [name for name, stamp in stamps.items() if stamp["commit"].endswith("+") or stamp["commit"] == "none"]
+    here = [commit for commit in [machine.git_commit()] if commit[-1] == "+"]
     found = {
         "The notebook has changed since it ran": other,
         "Measured with code that is in no commit": unclean,
-        "This checkout, the reference perhaps, differs from its commit": [
-            c for c in [machine.git_commit()] if c[-1] == "+"
-        ],
+        "This checkout, the reference perhaps, differs from its commit": here,
     }
     return [f"{what}: {', '.join(names)}." for what, names in found.items() if names]
 

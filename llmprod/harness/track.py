@@ -6,9 +6,10 @@ Weights & Biases does what the user's `WANDB_MODE` or `WANDB_DISABLED` says; wit
 
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 
-from llmprod import LLMProdError, machine, paths
+from llmprod import LLMProdError, artifacts, machine, paths
 
 KINDS = (str, int, float, bool, type(None))
 
@@ -113,6 +114,23 @@ class Run:
         """Logs a table."""
         self.wandb.log({f"tables/{name}": self.kinds.Table(dataframe=table.astype(object).map(python_value))})
         self.tensorboard.add_text(name, table.to_markdown())
+
+    def lineage(self, made: Path, of: Sequence[Path]) -> None:
+        """Tells W&B what this run made and of what: a notebook's result is an artifact, those that it needs are used.
+
+        W&B draws data, model, bundle and feedback as a graph from it. An artifact can be used online only; offline its
+        metadata name what it was made of, by sha256, and `make sync` uploads them with it.
+        """
+
+        def artifact(path: Path, **metadata: object) -> object:
+            name = re.sub(r"[^\w.-]", "-", f"{path.stem}-{self.folder.name}")[:128]
+            found = self.kinds.Artifact(name, type="result", metadata=metadata)
+            found.add_file(str(path), policy="immutable", skip_cache=True)  # where it is: no copy
+            return found
+
+        self.wandb.log_artifact(artifact(made, made_of={path.stem: artifacts.sha256(path) for path in of}))
+        for path in of if self.wandb.offline is False else ():
+            self.wandb.use_artifact(artifact(path))
 
     def finish(self, numbers: Mapping[str, float], config: dict[str, object]) -> None:
         """Closes the run with its final numbers (the run's summary) and the checksums of data and model."""
