@@ -138,7 +138,8 @@ def read_separated(content: bytes, kind: str, encoding: str, path: Path) -> pd.D
     if encoding.lower() not in ("utf-8", "utf8"):
         content = decode(content, encoding, path).encode()
     start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    if not (found := re.compile(rb"[^\r\n]*\S[^\r\n]*").search(content, start)):
+    lines = re.compile(rb"[^\r\n]+").finditer(content, start)  # one expression that skips blanks takes their square
+    if not (found := next((line for line in lines if not line[0].isspace()), None)):
         raise DataError(f"{path}: the file is empty.")
     head = decode(found[0], "utf-8", path)
     separators = ",;\t" if kind == ".csv" else "\t;,"

@@ -143,6 +143,7 @@ def test_both_dialects_of_tsv(tmp_path):
         (f"text,label\n{'word ' * 300_000},y\n", ["word " * 300_000, "y"]),
         ('text,label\n5" disk,y\n', ['5" disk', "y"]),
         ("text,label,n\nx,y,1234567890123456789012345\n", ["x", "y"]),
+        (" " * 1_000_000 + "\ntext,label\nx,y\n", ["x", "y"]),  # hours, were each of them a beginning to try
     ],
 )
 def test_odd_csv_is_read(tmp_path, content, kept):
