@@ -15,6 +15,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from llmprod import LLMProdError
 LARGEST, MOST_ROWS, MOST_COLUMNS = 2 << 30, 50_000_000, 1000  # bytes; see above
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+DIGIT = re.compile(r"\d")
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 csv.field_size_limit(LARGEST)  # Python's own, 131,072 characters, is less than some texts have
@@ -224,17 +226,43 @@ def numbered(reader: Iterator[list[str]], path: Path) -> Iterator[tuple[int, lis
 def swallowed(frame: pd.DataFrame, separator: str) -> int:
     """The first row (from 1) in which a quote too many has made one field of several rows; 0 where there is none.
 
-    At a line break in such a field stands the end or the beginning of a row: a value that other rows have there.
+    At a line break in such a field stands the end or the beginning of a row: a value that other rows have there. Where
+    values don't repeat, whole rows between two breaks are told by a column whose values all have digits: ids, dates.
     """
-    broken = np.logical_or.reduce([frame.iloc[:, k].str.contains("[\r\n]") for k in range(frame.shape[1])])
-    first, last = (set(frame.iloc[:, k][~broken]) - {""} if broken.any() else set() for k in (0, -1))
-    for row in np.flatnonzero(broken):
-        for field in frame.iloc[row]:
-            for before, after in pairwise(re.split(r"\r\n?|\n", field)):
+    width = frame.shape[1]
+    broken = np.logical_or.reduce([frame.iloc[:, k].str.contains("[\r\n]") for k in range(width)])
+    if not broken.any():
+        return 0
+    sound = frame[~broken]
+    first, last = (set(sound.iloc[:, k].to_numpy()) - {""} for k in (0, -1))
+
+    @cache
+    def forms(column: int) -> set[str]:
+        """The forms of a column's values in rows without a line break; none unless each has a digit or is empty."""
+        values = sound.iloc[:, column].to_numpy()
+        return {form(value) for value in values} if all(DIGIT.search(value) for value in values if value) else set()
+
+    for row, fields in zip(np.flatnonzero(broken), frame[broken].itertuples(index=False, name=None), strict=True):
+        for place, field in enumerate(fields):
+            head, *others = re.split(r"\r\n?|\n", field)
+            for before, after in pairwise([head, *others]):
                 (_, end, value), (name, start, _) = before.rpartition(separator), after.partition(separator)
                 if (end and value in last) or (start and name in first):
                     return int(row) + 1
+            rows = [line.split(separator) for line in others[:-1] if line]
+            if rows:
+                ends = head.split(separator), others[-1].split(separator)
+                rows += [[None] * place + ends[0], ends[1] + [None] * (width - 1 - place)]
+                for k, column in enumerate(zip(*rows, strict=True) if {*map(len, rows)} == {width} else ()):
+                    seen = {form(value) for value in column if value is not None}
+                    if seen != {""} and seen <= forms(k):
+                        return int(row) + 1
     return 0
+
+
+def form(value: str) -> str:
+    """What a value has in common with others of its kind: 2024-12-31 becomes 0-0-0; one without a digit is its own."""
+    return re.sub(r"\w+", "0", value) if DIGIT.search(value) else value
 
 
 def read_json(text: str, path: Path) -> pd.DataFrame:

@@ -129,6 +129,8 @@ def test_both_dialects_of_tsv(tmp_path):
         'text\tlabel\n"Great film\tpos\nplain\tneg\nit is 12"\tneg\nfine\tpos\n'  # would be two rows, by the book
     )
     assert formats.read(written(tmp_path / "c.tsv", swallowing))["label"].tolist() == ["pos", "neg", "neg", "pos"]
+    of_ids = 'text\tid\n"Great film\t1\nplain\t2\nit is 12"\t3\nfine\t4\n'
+    assert formats.read(written(tmp_path / "d.tsv", of_ids))["id"].tolist() == ["1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,39 @@ def test_both_dialects_of_tsv(tmp_path):
 def test_odd_csv_is_read(tmp_path, content, kept):
     frame = formats.read(written(tmp_path / "a.csv", content))
     assert frame[["text", "label"]].to_numpy().tolist() == [kept]
+
+
+MULTI_LINE = [
+    ("text,id", ["Dear Sir,\nit is 1,250\nor so", "7"], "fine,8"),  # each line has its comma, but no id after the first
+    ("text,id", ["milk, 2\neggs, 12\nbread", "7"], "fine,8"),  # of another form than the ids
+    ("text,id", ["so, so\nwell, well\n12", "a7"], "fine,b8"),
+    ("text,id", ["see 3,4\nand so on", "7"], "fine,8"),  # no whole row between
+    ("text,name", ["a,Bob\nb,Cy\nc", "Di"], "fine,Ed"),  # rows, perhaps, but nothing tells
+    ("id,text,day", ["1", "1,one\n2,two\n3,three", "2024-12-31"], "x9,fine,2024-12-30"),
+]
+
+
+@pytest.mark.parametrize(("header", "row", "other"), MULTI_LINE)
+def test_a_text_of_several_lines_with_separators_is_read(tmp_path, header, row, other):
+    with (path := tmp_path / "a.csv").open("w", newline="") as file:
+        file.write(f"{header}\n{other}\n")
+        csv.writer(file).writerow(row)
+    assert formats.read(path).to_numpy().tolist() == [other.split(","), row]
+
+
+@given(st.permutations(range(10, 30)), st.integers(0, 17), st.integers(2, 19), st.integers(0, 2))
+def test_rows_between_stray_quotes_are_never_one_row(tmp_path_factory, ids, first, further, place):
+    """In any column, whatever the ids, where whole rows lie between and one other row is left."""
+    rows = [[f"text {id}", f"2024-01-{id}", f"name {id}"] for id in ids]
+    rows[first][place] = f'"{rows[first][place]}'
+    rows[last := min(first + further, 19)][place] += '"'
+    content = "text,day,name\n" + "".join(",".join(row) + "\n" for row in rows)
+    path = written(tmp_path_factory.getbasetemp() / "stray.csv", content)
+    if last - first == 19:
+        assert len(formats.read(path)) == 1  # nothing to compare with
+    else:
+        with pytest.raises(DataError, match=f"stray.csv, line {first + 2}: a field in quotes that begins here holds"):
+            formats.read(path)
 
 
 BAD = {
@@ -175,6 +210,12 @@ BAD = {
         'label,text\npos,"So, so\nneg,12"\nneg,x\npos,y\n',
         "line 2: a field in quotes.*holds whole rows",
     ),
+    "ids that never repeat": (
+        "a.csv",
+        'text,id\nx,1\n"Great film,2\nok,3\n12",4\n',
+        "line 3: a field in quotes.*holds whole rows",
+    ),
+    "ids first": ("a.csv", 'id,text\na1,"Great\na2,ok\na3,12"\na4,x\n', "line 2: a field in quotes.*holds whole rows"),
     "both dialects at once": ("a.tsv", "text\tlabel\n\"x\ty\n'a\tb\tc\n", "line 3: has 3 fields"),
     "a broken line": ("a.jsonl", '{"text": "x"}\n\n{"text": \n', "line 3: is not JSON .column 10"),
     "a broken list": ("a.json", '[{"text": "x"},\n{"text": }]', "line 2: is not JSON"),
