@@ -16,7 +16,7 @@ EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)  # what is older is a zero, or a num
 MISSING = {"", "na", "nan", "nat", "none", "null"}  # as times and numbers; as texts and labels these are words
 DIGITS = re.compile(r"\d{9,}(\.\d*)?|\d(\.\d+)?e\+?\d\d?", re.IGNORECASE | re.ASCII)
 RFC_822 = re.compile(  # parsedate_to_datetime takes a zone that it does not know for UTC
-    r"([a-z]{3,9},?\s+)?\d\d?\s+[a-z]{3,9}\s+\d\d(\d\d)?\s+\d\d?:\d\d(:\d\d)?"
+    r"([a-z]{3,9},?\s+)?\d\d?\s+[a-z]{3,9}\s+([1-9]\d)?\d\d\s+\d\d?:\d\d(:\d\d)?"  # and the year 0001 for 2001
     r"(\s+([+-]\d{4}|UTC?|GMT|Z|[ECMP][SD]T))?",
     re.IGNORECASE | re.ASCII,
 )
@@ -124,7 +124,7 @@ def read_time(value: object) -> tuple[str, datetime]:
         elif RFC_822.fullmatch(text):
             return "RFC 822", parsedate_to_datetime(text)
         else:
-            return "ISO 8601", datetime.fromisoformat(re.sub(r"\s+(?=[+-]\d\d)", "", text))
+            return "ISO 8601", datetime.fromisoformat(re.sub(r"(?<!\s)\s+(?=[+-]\d\d)", "", text))
     if isinstance(value, bool) or not isinstance(value, Number):
         raise TypeError(f"{type(value).__name__} is not a time")
     kind, unit = ("seconds", 1) if abs(value) < 1e11 else ("milliseconds", 1000)
