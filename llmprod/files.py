@@ -43,5 +43,5 @@ def read_json(path: Path) -> dict:
     """Reads a JSON file. Raises LLMProdError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last where it is nested too deep
         raise LLMProdError(f"{path} can't be read ({error}). Delete it and run again.") from error

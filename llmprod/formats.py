@@ -322,6 +322,7 @@ def read_parquet(content: bytes, path: Path) -> pd.DataFrame:
             if size > LARGEST:
                 raise too_large(path)
         table = pa.Table.from_batches(batches, file.schema_arrow)
+        table.validate(full=True)  # or texts that are not UTF-8 are found where they are used
         return table.to_pandas(ignore_metadata=True, integer_object_nulls=True)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: can't be read as parquet ({shown(error, 120)}). Write it anew.") from error
+        raise DataError(f"{path}: can't be read as parquet ({shown(error, 120)}). Write it anew, in UTF-8.") from error

@@ -205,6 +205,11 @@ BAD = {
         {},
         r"'y' and 'y\\u200b' differ in characters that can't be seen",
     ),
+    "labels that are nested too deep": (
+        {"d.jsonl": f'{{"text": "x", "label": {"[" * 100_000}{"]" * 100_000}}}\n'},
+        {"dataset": "{}/d.jsonl"},
+        "d.jsonl, line 1: is not JSON .maximum recursion depth",
+    ),
     "labels that are lists": (
         {"d.jsonl": '{"text": "x", "label": "y"}\n{"text": "x", "label": ["y", "z"]}\n'},
         {"dataset": "{}/d.jsonl"},

@@ -245,6 +245,15 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, kind):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def test_a_parquet_file_whose_texts_are_not_utf_8_is_named(tmp_path):
+    latin = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9"))
+    pyarrow.parquet.write_table(pa.table({"text": latin}), tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError, match=r"a.parquet: can't be read as parquet .*Invalid UTF8.*\. Write it anew, in UTF"
+    ):
+        formats.read(tmp_path / "a.parquet")
+
+
 def test_an_archive_of_several_files_is_no_table(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.csv", "text,label\nx,y\n")
