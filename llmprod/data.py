@@ -6,6 +6,7 @@ is removed from it is counted in a record, by reason and split.
 
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,9 @@ from llmprod.formats import DataError, read, shown
 from llmprod.tables import require, texts
 
 SPLITS = ("train", "validation", "test")
+INVISIBLE = re.compile(  # what Unicode lists as such outside of Cf: fillers, joiners, variation selectors
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 
 
 # Loading
@@ -153,14 +157,18 @@ def clean(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def check_look(labels: Iterable[str]) -> None:
-    """Raises DataError where labels differ in nothing but characters that can't be seen, such as a zero-width space."""
+    """Raises DataError where labels differ in nothing but white space and characters that can't be seen.
+
+    Not by Unicode's NFKC: m² and m2, which are the same to it, can be told apart.
+    """
     seen = {}
     for label in labels:
-        look = "".join(c for c in label if unicodedata.category(c) != "Cf")
+        look = "".join(c for c in label if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
+        look = " ".join(INVISIBLE.sub("", look).split())
         if (other := seen.setdefault(look, label)) != label:
             raise DataError(
-                f"The labels {other!a} and {label!a} differ in characters that can't be seen, and so would be "
-                "two classes. Take those characters out."
+                f"The labels {other!a} and {label!a} differ in characters that can't be seen, or in spaces alone, and "
+                "so would be two classes. Write both the same."
             )
 
 

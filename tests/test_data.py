@@ -242,6 +242,31 @@ def test_twenty_kinds_of_bad_input_are_listed():
     assert len(BAD) >= 20
 
 
+ALIKE = [
+    "a b\u200b",
+    "a\u00a0b",
+    "a\u2009b",
+    "a  b",
+    "a\tb",
+    "a\0 b",
+    "a b\ufe0f",
+    "a b\U000e0101",
+    "a\u034f b",
+    "a\u180b b",
+]
+
+
+@pytest.mark.parametrize("label", ALIKE)
+def test_labels_that_look_the_same_are_named_whatever_can_not_be_seen(label):
+    table = pd.DataFrame({"text": ["x", "y"], "label": ["a b", label], "split": "train"})
+    with pytest.raises(data.DataError, match=re.escape(f"'a b' and {label!a} differ in characters that can't be seen")):
+        data.clean(table)
+
+
+def test_labels_that_can_be_told_apart_are_classes():
+    data.check_look(["ab", "a b", "a-b", "m2", "m\u00b2", "\uff21", "A", "a", "e", "\u00e9", "\u2764", "\u2665", ""])
+
+
 # Stated, recorded treatment
 
 
