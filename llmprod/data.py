@@ -63,7 +63,9 @@ def load(
         )
     for split, file in (("validation", validation_file), ("test", test_file)):
         if file:
-            frames |= named({split: read(file, encoding)}, columns, file)
+            if not len(rows := read(file, encoding)):
+                raise DataError(f"{file}: has no rows for the {split} split; add some, or leave {split}_file empty.")
+            frames |= named({split: rows}, columns, file)
     return join_splits(frames, dataset, id_column)
 
 
@@ -112,6 +114,8 @@ def read_saved_dataset(folder: Path) -> dict[str, pd.DataFrame]:
 
 def named(frames: dict[str, pd.DataFrame], columns: tuple[str, str, str], name: str) -> dict[str, pd.DataFrame]:
     """Tables of a source with their columns (of text, label, id) called `text`, `label` and `id`, all of them texts."""
+    if "" in columns[:2]:
+        raise DataError(f"{name}: text_column and label_column are needed; set each to the name of a column.")
     chosen = {kind: column for kind, column in zip(("text", "label", "id"), columns, strict=True) if column != ""}
     found = {}
     for split, frame in frames.items():

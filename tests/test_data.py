@@ -158,6 +158,12 @@ BAD = {
     "empty file": ({"d.csv": ""}, {}, "d.csv: the file is empty"),
     "wrong text column": ({"d.csv": "body,label\nx,y\n"}, {}, "set text_column.*no column text; it has body, label"),
     "wrong label column": ({"d.csv": "text,topic\nx,y\n"}, {}, "set .*label_column.*no column label"),
+    "empty text column": ({"d.csv": "text,label\nx,y\n"}, {"text_column": ""}, "d.csv: text_column and .* are needed"),
+    "test file without rows": (
+        {"d.csv": "text,label\nx,y\n", "t.csv": "text,label\n"},
+        {"test_file": "{}/t.csv"},
+        "t.csv: has no rows for the test split; add some, or leave test_file empty",
+    ),
     "wrong id column": ({"d.csv": "text,label\nx,y\n"}, {"id_column": "id"}, "set .*id_column.*no column id"),
     "broken encoding": (
         {"d.csv": b"text,label\ncaf\xe9,y\n"},
