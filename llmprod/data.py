@@ -284,7 +284,7 @@ def split(
 
     check_labels(table)
     if table["label"].is_unique:
-        raise DataError(f"Each of the {len(table)} texts has a label of its own. Is label_column the right one?")
+        raise DataError(f"Each of the {len(table)} texts has a label of its own. Is the column of labels right?")
     if not (table["split"] == "test").any():
         table.loc[cut("test_share", test_share, table.index[table["split"] == "train"]), "split"] = "test"
     for name, rows in (("train", train_rows), ("test", test_rows)):
@@ -305,7 +305,7 @@ def check_labels(table: pd.DataFrame) -> None:
         raise DataError(
             f"Training needs at least two classes and has {len(train)}"
             + (f" ('{shown(next(iter(train)))}')" if train else " rows left after cleaning")
-            + ". Is label_column the right one?"
+            + ". Is the column of labels right?"
         )
     for name in ("validation", "test"):
         unknown = sorted(set(table.loc[table["split"] == name, "label"]) - train)

@@ -124,8 +124,8 @@ def decode(content: bytes, encoding: str, path: Path) -> str:
         line = content[: error.start].count(b"\n") + 1
         guess = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin-1"
         raise DataError(
-            f"{path}, line {line}: byte {error.start} is not {error.encoding}. Save the file as UTF-8, or say what it "
-            f"is, for example encoding={guess}."
+            f"{path}, line {line}: byte {error.start} is not {error.encoding}. Save the file as UTF-8, or say what "
+            f"it is where there is a parameter for that, as encoding={guess}."
         ) from error
     except (LookupError, ValueError) as error:
         raise DataError(f"{path}: can't be read with encoding={shown(encoding)} ({shown(error)}).") from error

@@ -1,6 +1,7 @@
 """The customer-service desk: its data, personal data, slots, retrieval, grounded replies."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_intents_of_an_own_table_are_texts(tmp_path):
     (tmp_path / "own.csv").write_bytes(f"text,intent,answer\n{rows}".encode("latin-1"))
     own = desk.load(str(tmp_path / "own.csv"), encoding="latin-1")
     assert own.intents == ["01", "1"] and set(own.answers.values()) == {"00"}
-    with pytest.raises(data.DataError, match=r"own.csv, line 2: byte 21 is not utf-8"):
+    with pytest.raises(data.DataError, match=r"own.csv, line 2: byte 21 is not utf-8. .*where there is a parameter"):
         desk.load(str(tmp_path / "own.csv"))
     (tmp_path / "own.jsonl").write_text('{"text": "a", "intent": ["x", "y"]}\n')
     with pytest.raises(data.DataError, match=r"own.jsonl, column intent, row 1: .* is list"):
@@ -170,6 +171,16 @@ def write_one_intent(folder):
     return {"dataset": str(folder / "t.csv")}
 
 
+def write_too_few_to_split(folder):
+    pd.DataFrame({"text": [*"abcd"], "intent": [*"xxyy"]}).to_csv(folder / "t.csv", index=False)
+    return {"dataset": str(folder / "t.csv")}
+
+
+def write_intents_of_their_own(folder):
+    pd.DataFrame({"text": [*"abcd"], "intent": [*"wxyz"]}).to_csv(folder / "t.csv", index=False)
+    return {"dataset": str(folder / "t.csv")}
+
+
 def write_no_column(folder):
     pd.DataFrame({"text": ["a"], "label": ["x"]}).to_csv(folder / "t.csv", index=False)
     return {"dataset": str(folder / "t.csv")}
@@ -206,6 +217,8 @@ def write_empty_article(folder):
     ("write", "message"),
     [
         (write_one_intent, "1 intent"),
+        (write_too_few_to_split, "both sides: add texts, or a column split"),
+        (write_intents_of_their_own, "Each of the 4 texts has a label of its own. Is the column of labels right"),
         (write_no_column, "no column intent"),
         (lambda folder: {"articles": str(folder)}, "no articles"),
         (write_large_article, "11.0 MB"),
@@ -219,6 +232,7 @@ def test_bad_input_is_named(tmp_path, write, message):
     with pytest.raises(SupportError, match=message) as error:
         desk.load(**write(tmp_path))
     assert str(tmp_path) in str(error.value)
+    assert not re.search(r"label_column|use \w+_share", str(error.value)), "11_customer_service has no such parameter"
 
 
 def test_articles_of_a_user_that_there_is_not():

@@ -171,12 +171,12 @@ def own_table(path: str, intent_column: str, answer_column: str, seed: int, enco
             rows = pd.DataFrame({"text": table.index, "label": labels, "split": "train"})
             table["split"] = data.split(rows, seed=seed).set_index("text")["split"].reindex(table.index)
     except LLMProdError as error:
-        raise SupportError(f"{path}: {error}") from error
+        words = re.sub(r"use \w+_share=.*", "add texts, or a column split.", str(error))  # no parameters here
+        raise SupportError(f"{path}: {words}") from error
     answers = {}
     if answer_column in table:
         alone = [some[0] if len(some) == 1 else "" for some in intents]
-        by = pd.DataFrame({"intent": alone, "answer": table[answer_column]})
-        by = by[(by["intent"] != "") & (by["answer"] != "")]
+        by = pd.DataFrame({"intent": alone, "answer": table[answer_column]}).query("intent != '' and answer != ''")
         answers = by.groupby("intent")["answer"].agg(lambda column: column.mode().iloc[0]).to_dict()
     return Desk(unmarked(table["text"], intents, table["split"]), answers)
 
