@@ -57,10 +57,10 @@ def checksum(source: str, *more: str) -> str:
     if known and not any(more):
         return hashlib.sha256(parts[0].encode()).hexdigest()[:12]
     for name in ("" if known else source, *more):
-        path = Path(name).expanduser()
-        found = sorted(path.rglob("*")) if name and path.is_dir() else [path]
-        top = path if path.is_dir() else path.parent
-        parts.append([(f.relative_to(top).as_posix(), f.stat().st_size, sha256(f)) for f in found if f.is_file()])
+        path = Path(os.path.expanduser(name))  # see `formats.read`
+        found = sorted(path.rglob("*")) if name and os.path.isdir(path) else [path]
+        top = path if os.path.isdir(path) else path.parent
+        parts.append([(f.relative_to(top).as_posix(), f.stat().st_size, sha256(f)) for f in found if os.path.isfile(f)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The classifier: a pretrained encoder with a head; loading, checkpoints, prediction."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, Pr
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from llmprod import LLMProdError, artifacts, files
+from llmprod import LLMProdError, artifacts, files, shapes
+from llmprod.adapters import add_adapters
 from llmprod.machine import autocast, device_and_precision
 
 PREFIX = "prefix"  # the folder of a prefix within a checkpoint
 MANIFEST = "manifest.json"  # the sha256 of every file in a folder that `sealed` wrote
 INT8 = ("int8.onnx", "int8.json")  # written next to a checkpoint later, see `export.int8`
 UNSEALED = (MANIFEST, "README.md", *INT8)
+HEADS = ("linear", "cosine")  # see `Classifier`
+SETTINGS = {"head?": lambda found: found in HEADS, "id2label?": shapes.classes}  # what a checkpoint's config must say
 UNSAFE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".joblib", ".bin", ".pt", ".pth", ".ckpt")  # code and pickles
 
 
@@ -35,8 +39,8 @@ def model_folder(model: str) -> Path:
     known = ", ".join(name for name, kind in kinds.items() if kind == "model")
     if kinds.get(model, "model") != "model":
         raise ModelError(f"The artifact '{model}' is data, not a model; models are: {known}.")
-    folder = artifacts.fetch(model) if model in kinds else Path(model).expanduser()
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+    folder = artifacts.fetch(model) if model in kinds else Path(os.path.expanduser(model))
+    if not os.path.isfile(folder / "config.json") or not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"'{model}' is neither a known model ({known}) nor a folder with config.json and *.safetensors (pickled "
             "weights are not loaded)."
@@ -61,9 +65,7 @@ def reading(what: Path) -> Iterator[None]:
     """Turns whatever a library raises over damaged files into one ModelError that names them."""
     try:
         yield
-    except (
-        BaseException
-    ) as error:  # each library has its own for each of a dozen causes; a panic of Rust is one of them
+    except BaseException as error:  # a dozen causes, and each library has its own for each; one is a panic of Rust
         if isinstance(error, (LLMProdError, KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
@@ -187,28 +189,6 @@ def label_as_words(label: str) -> str:
     return label.replace("_", " ").replace("-", " ").strip(" ?")
 
 
-class Adapter(torch.nn.Module):
-    """A bottleneck with a residual connection that starts as the identity (Houlsby et al. 2019, section 2.1)."""
-
-    def __init__(self, width: int, size: int):
-        super().__init__()
-        self.down, self.up = torch.nn.Linear(width, size), torch.nn.Linear(size, width)
-        torch.nn.init.normal_(self.down.weight, std=0.01)
-        for parameter in (self.down.bias, self.up.weight, self.up.bias):
-            torch.nn.init.zeros_(parameter)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Adds the output of the bottleneck to the hidden states."""
-        return hidden + self.up(torch.nn.functional.gelu(self.down(hidden)))
-
-
-def add_adapters(encoder: PreTrainedModel, size: int) -> None:
-    """Adds an adapter after the attention and the feed-forward block of every layer of a BERT-like encoder."""
-    for layer in encoder.encoder.layer:
-        for block in (layer.attention.output, layer.output):
-            block.dense = torch.nn.Sequential(block.dense, Adapter(block.dense.out_features, size))
-
-
 def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Mean pooling: averages token vectors (texts, tokens, dimensions) over the tokens that are not padding."""
     mask = attention_mask.unsqueeze(-1)
@@ -245,8 +225,15 @@ class Predictor:
     def load(
         cls, folder: Path, precision: str = "auto", batch_size: int = 64, *, config: PreTrainedConfig | None = None
     ) -> "Predictor":
-        """Reads a folder that `save` wrote; `config` replaces the folder's own, for a new head."""
+        """Reads a folder that `save` wrote; `config` replaces the folder's own, for a new head.
+
+        Raises ModelError for what `read` finds, an unknown head, labels that are no texts or not different, and
+        settings by which the outputs are no numbers.
+        """
         model = read(Classifier, folder, "classifier." if config else "", config=config)
+        if config is None:
+            way_out = "write or copy it again, with a head of 'linear' or 'cosine' and labels that differ"
+            shapes.read(folder / "config.json", SETTINGS, way_out, ModelError)
         tokenizer = read_tokenizer(folder, model.config.vocab_size)
         most = getattr(model.config, "max_position_embeddings", 512)  # where a tokenizer sets none, it has no end
         tokenizer.model_max_length = min(tokenizer.model_max_length, most)
@@ -254,7 +241,9 @@ class Predictor:
         with reading(folder):
             if (folder / PREFIX).is_dir():
                 model.encoder = PeftModel.from_pretrained(model.encoder, folder / PREFIX)
-            predictor.infer(["a ☃"])  # what fits may still not work: another kind of model, a setting out of range
+            # What fits may still not work: another kind of model, a setting out of range.
+            if not all(np.isfinite(found).all() for found in predictor.infer(["a ☃"])):
+                raise ValueError("by the settings in config.json the outputs are no numbers")
         return predictor
 
     @classmethod
@@ -279,7 +268,7 @@ class Predictor:
 
         Raises ModelError for an unknown model or head.
         """
-        if head not in ("linear", "cosine"):
+        if head not in HEADS:
             raise ModelError(f"head is '{head}'; use 'linear' or 'cosine'.")
         folder = model_folder(model)
         classes = dict(enumerate(labels))

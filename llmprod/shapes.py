@@ -63,3 +63,10 @@ def positive(found: object) -> bool:
 def number_or_none(found: object) -> bool:
     """Whether it is a `number`, or null."""
     return found is None or number(found)
+
+
+def classes(found: object) -> bool:
+    """Whether it maps "0", "1", … to texts that all differ."""
+    if not found or not fits(found, {"*": text}):
+        return False
+    return {*found} == {str(number) for number in range(len(found))} and len({*found.values()}) == len(found)

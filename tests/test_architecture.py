@@ -12,7 +12,7 @@ import pytest
 from llmprod import paths
 from llmprod.harness import fingerprints, report, study
 
-GROUND = ("paths", "files", "machine", "artifacts", "extras", "formats", "tables", "shapes")
+GROUND = ("paths", "files", "machine", "artifacts", "adapters", "extras", "formats", "tables", "shapes")
 CHAIN = ("data", "models", "finetune", "evaluate", "optimize", "deploy", "feedback")
 CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}

@@ -564,3 +564,11 @@ def test_checksum_tells_data_apart(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\nx,y\n")
     assert artifacts.checksum(str(tmp_path / "a.csv")) != first
     assert artifacts.checksum("reuters-r8") != artifacts.checksum("reuters-r52")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x.csv", "long" * 100])
+def test_a_name_that_can_be_no_file_has_the_fingerprint_of_nothing(tmp_path, name):
+    """Whoever reads it next says that it isn't there."""
+    assert artifacts.checksum(name) == artifacts.checksum(str(tmp_path / "none.csv"))
+    with pytest.raises(artifacts.ArtifactError, match=f"no artifact named '{name}'. Did you mean"):
+        artifacts.fetch(name)

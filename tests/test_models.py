@@ -118,6 +118,9 @@ def test_a_model_must_be_known_and_in_safetensors(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(models.ModelError, match="pickled weights are not loaded"):
         models.model_folder(str(tmp_path))
+    for name in ("~nobody-of-that-name/model", "long" * 100):
+        with pytest.raises(models.ModelError, match=f"'{name}' is neither a known model"):
+            models.model_folder(name)
 
 
 def test_precision_is_chosen_with_a_reason():
@@ -345,6 +348,26 @@ def test_weights_labels_and_tokenizer_that_do_not_fit_are_an_error(saved, tmp_pa
     folder = shutil.copytree(saved, tmp_path / "copy", ignore=lambda *_: ["manifest.json"])
     UNFIT[kind](folder)
     with pytest.raises(models.ModelError, match=f"{re.escape(str(folder))} can't be read"):
+        Predictor.load(folder)
+
+
+UNUSABLE = {
+    "an unknown head": ({"head": "square"}, "a head of 'linear' or 'cosine'"),
+    "no head": ({"head": None}, "a head of 'linear' or 'cosine'"),
+    "the same label twice": ({"id2label": {"0": "a", "1": "a"}}, "labels that differ"),
+    "a label that is no text": ({"id2label": {"0": "a", "1": 3}}, "labels that differ"),
+    "labels that are numbered otherwise": ({"id2label": {"0": "a", "7": "b"}}, "labels that differ"),
+    "a setting that is no number": ({"layer_norm_eps": float("nan")}, "outputs are no numbers.*Write or download it"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_settings_of_a_checkpoint_that_can_not_be_meant_are_an_error(saved, tmp_path, kind):
+    """Its weights fit, so it would predict, by another head, for one class twice, or NaN."""
+    folder = shutil.copytree(saved, tmp_path / "copy", ignore=lambda *_: ["manifest.json"])
+    changes, way_out = UNUSABLE[kind]
+    set_config(folder, **changes)
+    with pytest.raises(models.ModelError, match=f"{re.escape(str(folder))}.*{way_out}"):
         Predictor.load(folder)
 
 

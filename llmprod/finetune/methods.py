@@ -7,7 +7,8 @@ import pandas as pd
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
-from llmprod.models import Classifier, ModelError, add_adapters
+from llmprod.adapters import add_adapters
+from llmprod.models import Classifier, ModelError
 
 LINEAR = ["query", "key", "value", "dense"]  # the matrices of a BERT-like layer: attention, its output, feed-forward
 
