@@ -22,5 +22,8 @@ class Adapter(torch.nn.Module):
 def add_adapters(encoder: PreTrainedModel, size: int) -> None:
     """Adds an adapter after the attention and the feed-forward block of every layer of a BERT-like encoder."""
     for layer in encoder.encoder.layer:
-        for block in (layer.attention.output, layer.output):
-            block.dense = torch.nn.Sequential(block.dense, Adapter(block.dense.out_features, size))
+        attention = layer.attention  # the last matrix of MPNet's has another place
+        last = (attention.output, "dense") if hasattr(attention, "output") else (attention.attn, "o")
+        for block, name in (last, (layer.output, "dense")):
+            matrix = getattr(block, name)
+            setattr(block, name, torch.nn.Sequential(matrix, Adapter(matrix.out_features, size)))

@@ -150,11 +150,12 @@ class Classifier(PreTrainedModel):
     """
 
     base_model_prefix = "encoder"
-    _supports_sdpa = _supports_flash_attn = True  # whatever attention the encoder has; else the slowest is taken
     _keys_to_ignore_on_load_unexpected = (r"pooler\.",)
     COSINE_SCALE = 20.0
 
     def __init__(self, config: PreTrainedConfig):
+        kind = MODEL_MAPPING[type(config)]  # whatever attention it has; else the slowest is taken
+        self._supports_sdpa, self._supports_flash_attn = kind._supports_sdpa, kind._supports_flash_attn
         super().__init__(config)
         self.encoder = AutoModel.from_config(config)
         self.encoder.pooler = None
@@ -236,7 +237,9 @@ class Predictor:
             shapes.read(folder / "config.json", SETTINGS, way_out, ModelError)
         tokenizer = read_tokenizer(folder, model.config.vocab_size)
         most = getattr(model.config, "max_position_embeddings", 512)  # where a tokenizer sets none, it has no end
-        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+        positions = getattr(getattr(model.encoder, "embeddings", None), "position_embeddings", None)
+        before = getattr(positions, "padding_idx", None)  # MPNet and RoBERTa number tokens from the one after this
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most if before is None else most - before - 1)
         predictor = cls(model, tokenizer, precision, batch_size)
         with reading(folder):
             if (folder / PREFIX).is_dir():

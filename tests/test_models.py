@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
     BertModel,
+    MPNetModel,
     PreTrainedTokenizerFast,
 )
 
@@ -36,6 +36,7 @@ from llmprod.financial_sentiment import recognizer, sentiment
 from llmprod.finetune import methods
 from llmprod.models import Predictor
 from llmprod.news_monitoring import scorer
+from llmprod.optimize import compress
 
 TEXTS = [
     "oil prices rose after the opec meeting",
@@ -99,14 +100,31 @@ def test_embeddings_are_those_of_sentence_bert():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     similar = vectors @ vectors.T
     assert similar[0, 2] > 0.4 > 0.3 > similar[0, 1]
+    np.testing.assert_allclose(vectors, plain_embeddings(artifacts.fetch("minilm"), TEXTS, 64), atol=1e-5)
 
+
+@pytest.mark.skipif(not artifacts.is_present("mpnet-base"), reason="404 MB: python -m llmprod artifacts mpnet-base")
+def test_a_larger_sentence_encoder_embeds_as_sentence_bert_does():
+    """MPNet counts tokens from the id of padding on, and has no fused attention."""
+    predictor = Predictor.pretrained("mpnet-base", precision="fp32")
+    vectors = predictor.embed(TEXTS)
+    np.testing.assert_allclose(vectors, plain_embeddings(artifacts.fetch("mpnet-base"), TEXTS, 512), atol=1e-5)
+    similar = vectors @ vectors.T
+    assert vectors.shape == (5, 768) and similar[0, 2] > 0.5 > 0.4 > similar[0, 1]
+    pruned = compress.prune_vocabulary(predictor, TEXTS)
+    assert pruned.model.config.vocab_size < 3000
+    np.testing.assert_allclose(pruned.embed(TEXTS), vectors, atol=1e-5)
+
+
+def plain_embeddings(folder: Path, texts: list[str], longest: int) -> np.ndarray:
+    """Mean over tokens, of length 1, by transformers alone and text by text."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = artifacts.fetch("minilm")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    cut = [tokenizer(text, truncation=True, max_length=longest, return_tensors="pt") for text in texts]
     with torch.inference_mode():
-        hidden = model(**tokenizer(TEXTS[0], return_tensors="pt")).last_hidden_state[0].mean(0)
-    np.testing.assert_allclose(vectors[0], hidden / hidden.norm(), atol=1e-5)
+        means = [model(**tokens).last_hidden_state[0].mean(0) for tokens in cut]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
 
 
 def test_a_model_must_be_known_and_in_safetensors(tmp_path):
@@ -164,7 +182,8 @@ def write_encoder(folder: Path, kind: type = BertModel) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    kind(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    config = kind.config_class(vocab_size=len(words), max_position_embeddings=16, **sizes)
+    kind(config).save_pretrained(folder)
     return folder
 
 
@@ -174,6 +193,36 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     Predictor.pretrained(str(write_encoder(folder / "encoder")), ["a", "b"]).save(folder / "checkpoint", "# card")
     return folder / "checkpoint"
+
+
+def test_an_encoder_of_another_architecture_embeds_and_learns_by_what_it_has(tmp_path):
+    """MPNet has no fused attention, other names for the matrices of a layer, and loses two positions to padding."""
+    folder = write_encoder(tmp_path / "encoder", MPNetModel)
+    found = Predictor.pretrained(str(folder), ["a", "b"], precision="fp32")
+    assert found.model.encoder.config._attn_implementation == "eager" and found.tokenizer.model_max_length == 14
+    np.testing.assert_allclose(found.embed(SAYINGS), plain_embeddings(folder, SAYINGS, 14), atol=1e-5)
+    bert = Predictor.pretrained(str(write_encoder(tmp_path / "bert")), ["a", "b"])
+    assert bert.model.encoder.config._attn_implementation == "sdpa" and bert.tokenizer.model_max_length == 16
+    found.save(tmp_path / "checkpoint", "")
+    for method in methods.METHODS:
+        one, before = Predictor.load(tmp_path / "checkpoint", "fp32"), found.predict(SAYINGS)
+        if method == "prefix":
+            with pytest.raises(models.ModelError, match="method is 'prefix', for which a MPNetModel takes no keys"):
+                methods.prepare(one.model, method, steps=10)
+            continue
+        methods.prepare(one.model, method, steps=10)
+        trained = methods.trained_state(one.model)
+        inside = {name.removeprefix("encoder.base_model.model.").removeprefix("encoder.") for name in trained}
+        parts = {"lora": "qkvo", "adalora": "qkvo", "ia3": "kv", "adapter": "o"}.get(method, "")
+        assert all(any(f"attn.{part}." in name for name in inside) for part in parts), f"{method}: {inside}"
+        with torch.no_grad():  # as if it had been trained
+            for parameter in one.model.parameters():
+                parameter.add_(0.5 * torch.randn_like(parameter) * parameter.requires_grad)
+        after = one.predict(SAYINGS)
+        assert np.abs(after - before).max() > 1e-3
+        methods.merge(one.model)
+        one.save(tmp_path / method, "")
+        np.testing.assert_allclose(Predictor.load(tmp_path / method, "fp32").predict(SAYINGS), after, atol=1e-3)
 
 
 SAYINGS = ["a b c", "z " * 40, "\u2603", ""]

@@ -1,5 +1,6 @@
 """Which parameters are trained: all, the head alone, or few added ones (parameter-efficient fine-tuning, PEFT)."""
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, PrefixTuningCo
 from llmprod.adapters import add_adapters
 from llmprod.models import Classifier, ModelError
 
-LINEAR = ["query", "key", "value", "dense"]  # the matrices of a BERT-like layer: attention, its output, feed-forward
+KEYS = ["key", "value", "k", "v"]  # as BERT and MPNet call them
+LINEAR = ["query", "q", *KEYS, "o", "dense"]  # the matrices of a layer: attention, its output, feed-forward
 
 
 def full(classifier: Classifier, steps: int, embeddings: bool) -> None:
@@ -34,7 +36,7 @@ def adapter(classifier: Classifier, steps: int, embeddings: bool) -> None:
     classifier.config.adapter_size = 24
     add_adapters(classifier.encoder, classifier.config.adapter_size)
     for name, parameter in classifier.encoder.named_parameters():
-        parameter.requires_grad_(bool(re.search(r"\.dense\.1\.(down|up)\.|LayerNorm", name)))
+        parameter.requires_grad_(bool(re.search(r"\.(dense|o)\.1\.(down|up)\.|LayerNorm", name)))
 
 
 def lora(classifier: Classifier, steps: int, embeddings: bool) -> None:
@@ -52,11 +54,14 @@ def adalora(classifier: Classifier, steps: int, embeddings: bool) -> None:
 def ia3(classifier: Classifier, steps: int, embeddings: bool) -> None:
     """Keys, values and feed-forward activations are rescaled by trained vectors (Liu et al. 2022)."""
     feedforward = ["intermediate.dense", "output.dense"]
-    wrap(classifier, IA3Config(target_modules=["key", "value", *feedforward], feedforward_modules=feedforward))
+    wrap(classifier, IA3Config(target_modules=[*KEYS, *feedforward], feedforward_modules=feedforward))
 
 
 def prefix(classifier: Classifier, steps: int, embeddings: bool) -> None:
     """Sixteen trained keys and values before the text's own in every layer (Li & Liang 2021)."""
+    if "past_key_values" not in inspect.signature(classifier.encoder.forward).parameters:
+        kind = type(classifier.encoder).__name__
+        raise ModelError(f"method is 'prefix', for which a {kind} takes no keys and values; use another method.")
     wrap(classifier, PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=16))
 
 
@@ -74,7 +79,8 @@ def prepare(classifier: Classifier, method: str, steps: int, embeddings: bool = 
     """Prepares the classifier for a method of `METHODS`, in place; the head is always trained.
 
     `steps` is the number of training steps, according to which AdaLoRA plans its ranks; `embeddings` says whether
-    `full` trains the token embeddings too. Raises ModelError for an unknown method.
+    `full` trains the token embeddings too. Raises ModelError for an unknown method, and for one that the encoder
+    has no place for.
     """
     if method not in METHODS:
         raise ModelError(f"method is '{method}'; use one of {', '.join(METHODS)}.")

@@ -53,7 +53,8 @@ def prune_vocabulary(predictor: models.Predictor, texts: Sequence[str]) -> model
             raise models.ModelError(f"The vocabulary is {content['model']['type']}; only WordPiece's can be pruned.")
         vocabulary, inner = content["model"]["vocab"], content["model"]["continuing_subword_prefix"]
         single = {k for token, k in vocabulary.items() if len(token.removeprefix(inner)) == 1}
-        kept = sorted(seen | single | set(tokenizer.all_special_ids))
+        added = {token["id"] for token in content["added_tokens"]}  # MPNet's hold more than the special ones
+        kept = sorted(seen | single | added | set(tokenizer.all_special_ids))
         number = {old: new for new, old in enumerate(kept)}
         content["model"]["vocab"] = {token: number[old] for token, old in vocabulary.items() if old in number}
         for token in content["added_tokens"]:
