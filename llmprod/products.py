@@ -1,9 +1,10 @@
-"""The commands that use what the notebooks saved: answer, serve, feedback, iterate, monitor, alerts."""
+"""The commands that use what the notebooks saved: answer, serve, feedback, iterate, monitor, topics, alerts."""
 
 import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +64,9 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     watch.add_argument("--lateness", type=number(float), default=3600.0, help="seconds that a document may come late")
     watch.add_argument("--keep", type=number(int, 1), default=100_000, metavar="N", help="documents whose text is kept")
     watch.add_argument("--pause", type=number(float), default=5.0, help="seconds to wait when nothing came")
+    proposed = command("topics", propose_topics, "find topics in a stream, as options for monitor to change and use")
+    proposed.add_argument("source", help="a file of JSON lines, or a folder, as for monitor")
+    proposed.add_argument("--number", type=number(int, 2), default=8, help="of topics (%(default)s)")
     alerts = command("alerts", judge_alerts, "list and judge the monitor's alerts; export texts behind them", journal)
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
@@ -191,6 +195,21 @@ def monitor_stream(options: argparse.Namespace) -> int:
         watching = monitor.Monitor(scorer, journal, detector, told, options.lateness, keep=options.keep)
         counts = monitor.run(watching, followed, options.once, options.pause)
     print(", ".join(f"{counts[name]} {name}" for name in ("documents", "repeats", "alerts")))
+    return 0
+
+
+def propose_topics(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.news_monitoring import sources, topics
+
+    machine.quiet()
+    source, cursor, texts = sources.Tail(options.source), {}, []
+    while documents := (read := source.poll(cursor, last=True))[0]:
+        texts, cursor = [*texts, *(document.text for document in documents)], read[1]
+    if not texts:
+        raise LLMProdError(read[1].get("error") or f"{options.source}: no file or folder with documents is there.")
+    for line in topics.typed(topics.find(texts, options.number)):
+        print("--topic", shlex.quote(line))
     return 0
 
 

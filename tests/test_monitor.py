@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import wandb
+from sklearn.metrics import adjusted_mutual_info_score
 
-from llmprod import models
+from llmprod import data, models, tables
 from llmprod.__main__ import main
 from llmprod.evaluate import drift
 from llmprod.financial_sentiment import multitask, sentiment
@@ -465,6 +467,25 @@ def test_topics_of_the_readers_choosing(trained, tmp_path):
     with Journal(tmp_path / "journal.sqlite") as kept:
         assert set(monitor.seen(kept)["topic"]) == {"oil", "grain", "takeovers", topics.OTHER}
     assert main([*arguments, "--topic", "other"]) == 2
+
+
+def test_topics_found_in_a_stream(tmp_path, capsys):
+    """On newswire they say much of what the labels say; the command prints them as the monitor reads them."""
+    wire = data.load("reuters-r8")
+    wire = wire[wire["label"].isin(["crude", "grain", "interest"])].groupby("label").head(30)
+    texts, odd = wire["text"].tolist(), "\x1b[31m it's; rm -rf: no"
+    found = topics.find([*texts, texts[0], "12 34"], 3)
+    guessed = topics.Topics(found, least=-1).predict(texts).argmax(axis=1)
+    assert adjusted_mutual_info_score(wire["label"], guessed) > 0.6
+    assert any("oil" in name or "crude" in name for name in found)
+    assert topics.parse(topics.typed({"oil": [odd]})) == {"oil": [tables.shown(odd.replace(";", ","), 200)]}
+    write(tmp_path / "in.jsonl", [{"text": text, "time": START} for text in texts])
+    assert main(["topics", str(tmp_path / "in.jsonl"), "--number", "3"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[::2] == ["--topic"] * 3 and list(topics.parse(words[1::2])) == list(found)
+    for wrong, message in ((["--number", "9999"], "9999 topics in"), (["--number", "3"], "nothing.jsonl")):
+        file = "in.jsonl" if "9999" in wrong else "nothing.jsonl"
+        assert main(["topics", str(tmp_path / file), *wrong]) == 2 and message in capsys.readouterr().err
 
 
 def test_an_alert_of_an_older_journal_is_still_delivered(tmp_path, capsys):
