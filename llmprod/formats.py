@@ -192,7 +192,9 @@ def quick_rows(content: bytes, head: str, separator: str) -> pd.DataFrame | None
 def careful_rows(text: str, separator: str, quoting: int, path: Path) -> pd.DataFrame:
     """The rows by Python's reader; a line that breaks the form is an error with its number."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    (_, header), *rows = numbered(reader, path)
+    if not (found := [*numbered(reader, path)]):  # the header is blanks in quotes, and so no row
+        raise DataError(f"{path}: the file is empty.")
+    (_, header), *rows = found
     for line, row in rows:
         if len(row) != len(header):
             raise DataError(

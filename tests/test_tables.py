@@ -198,6 +198,7 @@ BAD = {
         "line 5: has 3 fields, and the header 2",
     ),
     "after empty lines": ("a.csv", "\n\ntext,label\nx\n", "line 4: has 1 fields"),
+    "a header of blanks in quotes": ("a.csv", '"\n"\n', "the file is empty"),
     "a field too few": ("a.csv", "text,label\nx,y\nz\n", "line 3: has 1 fields, and the header 2"),
     "quotes with backslashes": ("a.csv", 'text,label\nx,y\n"say \\"hi\\" now",pos\n', "line 3: the quotes of the row"),
     "a quote that swallows rows": (
