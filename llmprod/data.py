@@ -223,7 +223,7 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.8, seed: int = 0)
 
     shingles = [word_shingles(text) for text in texts]
     hashes = MinHash.bulk([[s.encode() for s in shingle] for shingle in shingles], num_perm=64, seed=seed + 1)
-    index, pairs = MinHashLSH(threshold=threshold, num_perm=64), []
+    index, pairs = MinHashLSH(threshold=min(threshold, 0.96), num_perm=64), []  # it knows none above
     for b, minhash in enumerate(tqdm(hashes, desc="near duplicates", leave=False)):
         for a in sorted(index.query(minhash)):
             similarity = len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])

@@ -354,6 +354,13 @@ def test_near_duplicates_finds_planted_ones_and_no_false_one():
         assert similarity == len(one & two) / len(one | two) >= 0.8
 
 
+@pytest.mark.parametrize("threshold", [0.97, 1.0])
+def test_near_duplicates_take_every_threshold(threshold):
+    """LSH knows none above 0.96, with so many permutations."""
+    texts = ["one two three four five six", "ONE two three four five six", "one two three four five seven"]
+    assert data.near_duplicates(texts, threshold).to_numpy().tolist() == [[0, 1, 1]]
+
+
 def test_prepared_data_comes_back_as_saved(tmp_path):
     cut = data.split(ROWS.assign(split="train"))
     data.save(cut, tmp_path / "splits", {"dataset": "mine"})
