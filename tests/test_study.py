@@ -261,6 +261,7 @@ def test_a_damaged_row_is_named_and_none_is_lost(tiny):
     with pytest.raises(LLMProdError, match=r"has no experiment 'gone'; it has: finetune"):
         study.table("tiny")
     changes = [{"key": 1}, {"parameters": 1}, {"parameters": {"experiment": []}}, {"metrics": []}, {"speeds": 1}]
+    changes += [{"parameters": {"experiment": "gone", name: None}} for name in ("dataset", "model")]
     changes += [{"metrics": {"accuracy": "1"}}, {"metrics": {"accuracy": 10**400}}, {"provenance": {}}, {"curve": 1}]
     lacking = [{k: v for k, v in sound.items() if k != name} for name in sound]
     others = [json.dumps(other) for other in [*lacking, *(sound | change for change in changes)]]
@@ -269,6 +270,9 @@ def test_a_damaged_row_is_named_and_none_is_lost(tiny):
         with pytest.raises(LLMProdError, match=r"tiny\.jsonl, line 2 is damaged"):
             study.run("tiny")
         assert path.read_text().count(row) == 2, "nothing was written"
+    path.write_bytes(f"{row}\n".encode() + b'"\xff"\n' + row.encode())
+    with pytest.raises(LLMProdError, match=r"tiny\.jsonl, line 2 is damaged"):
+        study.rows("tiny")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +289,19 @@ def test_a_study_sets_values_of_the_declared_kind(tiny, parameters, message):
     declaration["tiny"]["seeds"] = [parameters.pop("seed", 0)]
     (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
     with pytest.raises(LLMProdError, match=message):
+        study.grid("tiny")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vary": None}, {"vary": 1}, {"vary": [1]}, {"vary": {"strategy": "plain"}}, {"seeds": None}, {"seeds": 1},
+     {"parameters": None}, {"parameters": [1]}, {"parameters": {"experiment": ["finetune"]}}],
+)  # fmt: skip
+def test_a_study_of_another_shape_is_one_message(tiny, change):
+    folder, declaration = tiny
+    declaration["tiny"] |= change
+    (folder / "notebooks/studies.yaml").write_text(yaml.safe_dump(declaration))
+    with pytest.raises(LLMProdError, match=r"studies\.yaml: tiny needs seeds: \[0, 1\]"):
         study.grid("tiny")
 
 

@@ -28,9 +28,13 @@ from llmprod.tables import shown
 FOLDER = paths.REPORTS / "studies"
 NUMBERS = {"*": shapes.number}
 ROW = {
-    "key": shapes.text, "parameters": {"experiment": shapes.text}, "metrics": NUMBERS, "speeds": NUMBERS,
+    "key": shapes.text, "metrics": NUMBERS, "speeds": NUMBERS,
+    "parameters": {"experiment": shapes.text, "dataset?": shapes.text, "model?": shapes.text},
     "provenance": {"minutes": shapes.number}, "curve?": {"*": [shapes.number]},
 }  # fmt: skip
+VALUES = [lambda value: True]
+STUDY = {"seeds": VALUES, "parameters?": {"experiment?": shapes.text}}
+STUDY |= {"vary": lambda found: shapes.fits(found, [{}]) or shapes.fits(found, {"*": VALUES})}
 STALE = "† measured by code that has changed since; `python -m llmprod study --stale` measures it again"
 
 
@@ -66,6 +70,9 @@ def grid(name: str) -> list[dict[str, object]]:
     if name not in declared():
         raise LLMProdError(f"There is no study '{name}'; there are: {', '.join(declared())}.")
     study, runs = declared()[name], []
+    if not shapes.fits(study, STUDY):
+        form = "seeds: [0, 1], and vary: a list of parameter sets, or a list of values for each parameter"
+        raise LLMProdError(f"studies.yaml: {name} needs {form}; and may have parameters: {{epochs: 1}}.")
     vary = study["vary"]
     if isinstance(vary, dict):
         vary = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
@@ -113,7 +120,7 @@ def rows(name: str) -> list[dict]:
     Raises LLMProdError, with its number, for any other line that is not a row.
     """
     path = FOLDER / f"{name}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
         try:
