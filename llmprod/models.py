@@ -26,6 +26,7 @@ INT8 = ("int8.onnx", "int8.json")  # written next to a checkpoint later, see `ex
 UNSEALED = (MANIFEST, "README.md", *INT8)
 HEADS = ("linear", "cosine")  # see `Classifier`
 SETTINGS = {"head?": lambda found: found in HEADS, "id2label?": shapes.classes}  # what a checkpoint's config must say
+COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")  # in a config, of what is made first
 UNSAFE = (".py", ".pyc", ".so", ".pkl", ".pickle", ".joblib", ".bin", ".pt", ".pth", ".ckpt")  # code and pickles
 
 
@@ -80,7 +81,10 @@ def checked(folder: Path) -> Path:
     with reading(folder):
         inside, seal, changed = sorted(folder.rglob("*")), folder / MANIFEST, ""
         unsafe = [p for p in inside if p.suffix.lower() in UNSAFE or (p.is_symlink() and p.is_dir())]
-        unsafe += [p for p in folder.rglob("*config*.json") if "auto_map" in json.loads(p.read_bytes())]
+        configs = {path: json.loads(path.read_bytes()) for path in folder.rglob("*config*.json")}
+        unsafe += [path for path, config in configs.items() if "auto_map" in config]
+        if wrong := [name for one in configs.values() for name in {*COUNTS} & {*one} if one[name] not in range(10_001)]:
+            raise ValueError(f"{wrong[0]} is no number up to 10,000")
         unsafe += {folder / "adapter_config.json"} & {*inside}  # it names another model, which may be on the web
         if seal in inside and not unsafe:
             changed = artifacts.differing(json.loads(seal.read_bytes()), artifacts.checksums(folder, UNSEALED))

@@ -389,6 +389,8 @@ UNFIT = {
     "another kind": lambda folder: set_config(folder, model_type="t5"),
     "a template of unknown tokens": lambda folder: replace_in(folder / "tokenizer.json", '"id": "[CLS]"', '"id": ""'),
     "no number of layers": lambda folder: set_config(folder, num_hidden_layers="many"),
+    "layers without end": lambda folder: set_config(folder, num_hidden_layers=10**9),
+    "classes without end": lambda folder: set_config(folder, id2label=None, num_labels=10**9),
 }
 
 
