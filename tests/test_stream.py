@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprod import LLMProdError
-from llmprod.news_monitoring import fetch, sources
+from llmprod.news_monitoring import channels, fetch, sources
 from llmprod.news_monitoring.documents import (
     DAY,
     HOUR,
@@ -647,6 +647,8 @@ def test_names_of_files_that_are_not_utf8(tmp_path, journal):
     assert len(take(journal, *documents)) == 3 and source.poll(journal.cursor(source.name))[0] == []
     single = Tail(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"bad\xff.jsonl")))
     journal.set_cursor(single.name, single.poll({})[1])
+    told = channels.open_channel(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"told\xff.jsonl")))
+    journal.delivered("a", told.name)
 
 
 def test_the_last_poll_reads_a_last_line_without_an_end(tmp_path):

@@ -40,7 +40,8 @@ class Log:
     """Alerts as lines of JSON in a file; one that is there already, from before a kill, is not written again."""
 
     def __init__(self, path: Path):
-        self.path, self.name, self.ids = path, f"log {path}", set()
+        name = f"log {path}".encode("utf-8", "backslashreplace").decode()  # the journal keeps it
+        self.path, self.name, self.ids = path, name, set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
