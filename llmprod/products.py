@@ -174,7 +174,7 @@ def opened_store(place: str) -> object:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LLMProdError(f"--store {place}: its folder can't be made ({error.strerror}).") from error
-        place = sql.URL.create("sqlite", database=str(path)).render_as_string()
+        place = sql.URL.create("sqlite", database=str(path))
     return Store(place, mask)
 
 

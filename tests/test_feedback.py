@@ -161,7 +161,18 @@ def test_a_killed_writer_loses_no_acknowledged_answer(tmp_path):
         answer(store, "afterwards")
 
 
+def test_what_is_not_utf8_is_one_message(store):
+    """As an argument of the command line can be."""
+    answer(store, "r1")
+    for call in (store.export_user, store.delete_user, lambda name: store.add_review("r1", name, "oil")):
+        with pytest.raises(FeedbackError, match="is not UTF-8"):
+            call("\udcff")
+
+
 def test_a_stores_file_has_the_name_that_was_given(tmp_path):
+    with opened_store(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff.db"))) as store:
+        answer(store, "r1")
+    assert os.path.isfile(os.path.join(os.fsencode(tmp_path), b"\xff.db"))
     with opened_store(str(tmp_path / "a?b #1.db")) as store:
         answer(store, "r1")
     assert (tmp_path / "a?b #1.db").stat().st_size and not (tmp_path / "a").exists()

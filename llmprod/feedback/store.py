@@ -105,6 +105,8 @@ class Store:
         try:
             with self.engine.begin() as connection:
                 yield connection
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as an argument of the command line can hold
+            raise FeedbackError(f"{error.object!a} is not UTF-8, and so is in no store.") from None
         except sql.exc.DBAPIError as error:
             reason = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
             reason = reason.replace(self.engine.url.password or "\0", "***")
