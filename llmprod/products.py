@@ -111,7 +111,7 @@ def serve(options: argparse.Namespace) -> int:
     machine.set_threads()
     machine.quiet()
     folder = Path(options.bundle)
-    source = registry.Registry(folder) if (folder / registry.STATE).exists() else bundle.load(folder)
+    source = registry.Registry(folder) if os.path.exists(folder / registry.STATE) else bundle.load(folder)
     store = opened_store(options.store) if options.store else None
     more = {}
     if options.assistant:

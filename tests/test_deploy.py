@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llmprod import LLMProdError, artifacts, files, models
+from llmprod.__main__ import main
 from llmprod.deploy import batching, bundle, guard, load, messages, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
@@ -125,6 +126,19 @@ def test_a_manifest_that_does_not_fit_its_model_is_refused(made, tmp_path, chang
         (tmp_path / "b/bundle.json").write_text(broken)
         with pytest.raises(LLMProdError, match=r"b has the format|bundle\.json can't be read"):
             bundle.load(tmp_path / "b")
+
+
+def test_a_name_that_no_system_takes_is_no_bundle(capsys):
+    with pytest.raises(bundle.BundleError, match="is not a bundle"):
+        bundle.load("x" * 5000)
+    with pytest.raises(bundle.BundleError, match="serves no bundle yet"):
+        Registry(Path("x" * 5000)).state()
+    for command, option, words in (
+        ("serve", "", "is not a bundle"), ("answer", "--bundle=", "no assistant is saved here"),
+        ("monitor", "--models=", "There is no model for the monitor"),
+    ):  # fmt: skip
+        more = {"serve": [], "answer": ["Where?"], "monitor": ["--source=/"]}[command]
+        assert main([command, *more, option + "x" * 5000]) == 2 and words in capsys.readouterr().err
 
 
 def test_a_folder_of_nobody_is_no_bundle():

@@ -1,5 +1,6 @@
 """The assistant: decides between answering, asking back and handing over; one dialogue's state; saving and loading."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -232,7 +233,7 @@ class Assistant:
         Raises SupportError where there is no assistant in the folder, ModelError where it was changed or is damaged.
         """
         path = folder / "assistant.json"
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path's own fails for a name that is too long
             raise SupportError(
                 f"{folder}: no assistant is saved here. Run notebook 11_customer_service, or give its bundle."
             )

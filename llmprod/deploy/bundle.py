@@ -147,7 +147,7 @@ def load(folder: str | Path) -> Bundle:
     format is not known.
     """
     folder = Path(os.path.expanduser(folder))  # Path's own fails for an unknown ~user
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. 05_deploy writes one.")
     manifest = files.read_json(folder / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) else "none"

@@ -1,6 +1,7 @@
 """From documents to scores: the models that `14_news_monitoring` saves, and the detectors that go with them."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -60,7 +61,7 @@ class MonitorConfig:
     @classmethod
     def load(cls, folder: Path) -> "MonitorConfig":
         """What `save` wrote. Raises NewsError where it is not there, ModelError where it was changed or is damaged."""
-        if not (folder / "monitor.json").is_file():
+        if not os.path.isfile(folder / "monitor.json"):  # Path's own fails for a name that is too long
             raise NewsError(
                 f"There is no model for the monitor in {folder}: run `make run NOTEBOOK=14_news_monitoring`, or "
                 "name another folder with --models."
