@@ -1,6 +1,5 @@
 """The shape that the content of a JSON file must have before it is used."""
 
-import math
 from pathlib import Path
 
 from llmprod import LLMProdError
@@ -45,9 +44,14 @@ def number(found: object) -> bool:
     return isinstance(found, float) or (isinstance(found, int) and not isinstance(found, bool) and abs(found) < 2**1023)
 
 
+def whole(found: object) -> bool:
+    """Whether it is a whole number from 0 on that SQLite and files can count to."""
+    return number(found) and isinstance(found, int) and 0 <= found < 2**63
+
+
 def finite(found: object) -> bool:
-    """Whether it is a finite number."""
-    return number(found) and math.isfinite(found)
+    """Whether it is a finite number, and far enough from the largest that its spread is one, too."""
+    return number(found) and abs(found) < 1e300
 
 
 def finites(found: object) -> bool:

@@ -99,8 +99,10 @@ def written(monkeypatch, tmp_path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"sd": 1e9}, {"mean": 0.5}, {"runs": 30}, {"value": {}}, {"value": 0.9}, {"sd": None}]
-)
+    "change",
+    [{"sd": 1e9}, {"mean": 0.5}, {"runs": 30}, {"value": {}}, {"value": 0.9}, {"sd": None},
+     {"value": {"0": 1.7e308, "1": -1.7e308}}],
+)  # fmt: skip
 def test_a_reference_whose_spread_does_not_follow_from_its_values_is_refused(monkeypatch, tmp_path, change):
     reference = expected(0.9, 0.91, 0.93)
     written(monkeypatch, tmp_path, json.dumps({"notebooks": reference}))

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from llmprod import shapes
 from llmprod.news_monitoring.documents import DAY, Clock, Document, NewsError
 
 APPLICATION, VERSION = 0x6C6C6D70, 2  # mark our files; tables or detector states that differ are another version
@@ -44,6 +45,11 @@ OVER = ".over"  # ends the id of an event whose end is told
 
 NUMBER = (int, float)
 SHAPES = {"watermark": NUMBER, "newest": NUMBER, "forgotten": NUMBER, "ready": int}  # of states, by their key
+CURSOR = dict.fromkeys(("bad?", "line?", "position?", "failures?"), shapes.whole)
+CURSOR |= {"asked?": shapes.number, "not_before?": shapes.number, "error?": shapes.text, "seen?": [shapes.text]}
+PLACE = {"offset": shapes.whole, "line?": shapes.whole, "mark": shapes.text}  # in a file; {} before it was read
+CURSOR |= {"tags?": {"*": shapes.text}, "files?": {"*": lambda found: found == {} or shapes.fits(found, PLACE)}}
+ALERT = {"documents?": lambda found: isinstance(found, list)}
 SHAPES |= {"suspects": dict, "on": dict, "begun": list}
 
 DAMAGED = "is damaged or not a journal. Restore it from a copy, or start one under another name; it was left as it was."
@@ -161,9 +167,8 @@ class Journal:
     def _can_be_read(self) -> bool:
         """Whether what the next step and the alerts need is JSON, and of the right shape."""
         try:
-            for query in ("SELECT cursor FROM cursors", "SELECT alert FROM alerts"):
-                read = [json.loads(text) for (text,) in self.db.execute(query)]
-                if not all(isinstance(value, dict) and isinstance(value.get("documents", []), list) for value in read):
+            for query, shape in (("SELECT cursor FROM cursors", CURSOR), ("SELECT alert FROM alerts", ALERT)):
+                if not all(shapes.fits(json.loads(text), shape) for (text,) in self.db.execute(query)):
                     return False
             for key, text in self.db.execute("SELECT key, state FROM states"):
                 if not isinstance(json.loads(text), SHAPES.get(key, object)):
