@@ -20,7 +20,7 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     journal.add_argument("--journal", default=file, help="the monitor's memory (%(default)s)")
 
     answer = command("answer", answer_question, "answer a question, or turns of a dialogue from standard input")
-    answer.add_argument("question", nargs="?", default="", help="one question")
+    answer.add_argument("question", nargs="?", default="", type=text, help="one question")
     answer.add_argument("--dialogue", action="store_true", help="a turn in each line; an empty line reopens the case")
     bundle = paths.REPORTS / "cpu" / "work" / "11_customer_service" / "assistant"
     answer.add_argument("--bundle", default=bundle, help="what 11_customer_service saved (%(default)s)")
@@ -47,19 +47,19 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     again.add_argument("--registry", default=served, help="where the served bundle is (%(default)s)")
 
     watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
-    text = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
-    watch.add_argument("--source", action="append", required=True, help=text)
-    text = "console (default), wandb, the address of a webhook, or a file.jsonl; repeatable"
-    watch.add_argument("--alert", action="append", help=text)
+    what = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
+    watch.add_argument("--source", action="append", required=True, help=what)
+    what = "console (default), wandb, the address of a webhook, or a file.jsonl; repeatable"
+    watch.add_argument("--alert", action="append", help=what)
     models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
     watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
-    text = "a topic of your own, by name or 'name: example; example', in place of the models'; repeatable"
-    watch.add_argument("--topic", action="append", default=[], help=text)
+    what = "a topic of your own, by name or 'name: example; example', in place of the models'; repeatable"
+    watch.add_argument("--topic", action="append", default=[], type=text, help=what)
     watch.add_argument("--precision", choices=("auto", "fp32", "bf16", "int8"), default="auto", help="int8: faster")
-    text = "a month, of all that is watched together: the test of a shift from a key's own past (%(default)s)"
-    watch.add_argument("--false-alarms", type=number(float), default=1.0, metavar="N", help=text)
-    text = "test instead for a surge of negatives among texts like the models', one false alarm in N documents of a key"
-    watch.add_argument("--every", type=number(float), default=0, metavar="N", help=text)
+    what = "a month, of all that is watched together: the test of a shift from a key's own past (%(default)s)"
+    watch.add_argument("--false-alarms", type=number(float), default=1.0, metavar="N", help=what)
+    what = "test instead for a surge of negatives among texts like the models', one false alarm in N documents of a key"
+    watch.add_argument("--every", type=number(float), default=0, metavar="N", help=what)
     watch.add_argument("--once", action="store_true", help="end as soon as nothing new comes")
     watch.add_argument("--lateness", type=number(float), default=3600.0, help="seconds that a document may come late")
     watch.add_argument("--keep", type=number(int, 1), default=100_000, metavar="N", help="documents whose text is kept")
@@ -71,6 +71,15 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
+
+
+def text(typed: str) -> str:
+    """Reads an option that is a text: in a terminal of another encoding it may hold bytes that are none."""
+    try:
+        typed.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{typed!a} is not UTF-8") from None
+    return typed
 
 
 def number(kind: type, least: float = 0) -> Callable[[str], float]:

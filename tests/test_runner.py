@@ -49,8 +49,8 @@ def test_a_stray_override_is_an_error(monkeypatch, tmp_path):
         ("01_data: {test_share: 20}", "test_share is '20'; it takes a number from 0 to 1, such as 0.2"),
         ("02_finetune: [epochs", "smoke.yaml is not YAML.*line 1"),
         ("02_finetune: 3", "smoke.yaml must hold names, each with a mapping"),
-        ("09_x: {epochs: 1}", "There is no notebook '09_x'"),
-        ('"\\e[31m": {epochs: 1}', r"There is no notebook '·\[31m'"),
+        ("09_x: {epochs: 1}", "smoke.yaml: no notebook '09_x'; there are"),
+        ('"\\e[31m": {epochs: 1}', r"no notebook '·\[31m'"),
         ("02_finetune: {on: 1}", "no parameter on"),
         ("02_finetune: {1: 1, x: 2}", "no parameter 1, x"),
         ("02_finetune: {[a]: 1}", "smoke.yaml is not YAML.*unhashable"),
@@ -620,9 +620,10 @@ def test_the_command_line_shows_messages_not_tracebacks(tmp_path, monkeypatch, c
         ["monitor", "--source", "x", "--pause", "-1"],
         ["serve", "--rate", "nan"],
         ["feedback", "--store", "x", "--older-than", "nan"],
+        ["monitor", "--source", "x", "--topic", "oil \udcff"],
     ],
 )
-def test_the_command_line_refuses_numbers_out_of_range(arguments, capsys):
+def test_the_command_line_refuses_what_an_option_can_not_be(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert f"argument {arguments[-2]}" in capsys.readouterr().err

@@ -106,6 +106,8 @@ def profile(name: str) -> dict[str, dict]:
         raise LLMProdError(f"There is no profile '{shown(name)}'; there are: {', '.join(files)}.")
     overrides = {}
     for notebook, values in mapping(files[name], Texts).items():
+        if notebook not in pipeline():
+            raise LLMProdError(f"{name}.yaml: no notebook '{shown(notebook)}'; there are: {', '.join(pipeline())}.")
         if unknown := sorted(set(values) - set(declared(notebook))):
             raise LLMProdError(f"{name}.yaml: {notebook} has no parameter {shown(', '.join(unknown))}.")
         overrides[notebook] = converted(values, declared(notebook), f"{name}.yaml: {notebook}")
