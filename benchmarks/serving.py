@@ -170,7 +170,7 @@ def report(found: dict[str, list[dict]]) -> None:
         row["texts/s over pipeline, one at a time"] = row["texts/s"] / one["texts/s"]
         row["texts/s over pipeline, batches of 32"] = row["texts/s"] / many["texts/s"]
         row["p50 over pipeline, one at a time"] = row["p50, ms"] / one["p50, ms"]
-        lost = f"{100 * (exact - row['accuracy']):+.2f}" if "accuracy" in row else ""
+        row |= {"points lost": 100 * (exact - row["accuracy"])} if "accuracy" in row else {}
         lines.append(
             {
                 "variant": name,
@@ -180,7 +180,7 @@ def report(found: dict[str, list[dict]]) -> None:
                 "p50, ms": f"{row['p50, ms']:.2f}",
                 "of the pipeline's": f"{row['p50 over pipeline, one at a time']:.2f}",
                 "p99, ms": f"{row['p99, ms']:.2f}",
-                "points lost": lost,
+                "points lost": f"{row['points lost']:+.2f}" if "points lost" in row else "",
                 "MB": f"{row['MB']:.0f}" if "MB" in row else "",
                 "peak MB": f"{row['peak MB']:.0f}",
             }

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+from benchmarks import serving
 from llmprod import paths
+from llmprod.harness import report
 
 
 def test_the_gpu_benchmark_runs_shrunken_and_records_ratios(tmp_path):
@@ -25,3 +27,22 @@ def test_the_gpu_benchmark_runs_shrunken_and_records_ratios(tmp_path):
     first = {row["task"]: row["texts/s"] for row in reversed(rows)}
     assert all(abs(row["ratio"] - row["texts/s"] / first[row["task"]]) < 1e-9 for row in rows)
     assert found["driver"] == "no GPU" and found["commit"] and found["versions"]["torch"]
+
+
+def test_what_a_benchmark_finds_is_a_table_of_the_readme(monkeypatch, tmp_path):
+    """Medians of the turns, as ratios to the peer's; where it was not measured, the table says so."""
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    assert report.result_table("speed", "en") == "Not measured yet."
+    slow, fast = ({"texts/s": n, "p50, ms": 1000 / n, "p99, ms": 1, "peak MB": 1} for n in (10.0, 45.0))
+    ours = {name: fast | {"accuracy": 0.9, "MB": 80} for name in serving.OURS}
+    ours["static embeddings"] = ours["static embeddings"] | {"accuracy": 0.875}
+    found = {
+        name: [turn, turn | {"texts/s": 1e9}, turn]
+        for name, turn in (dict.fromkeys(serving.PEERS, slow) | ours).items()
+    }
+    serving.report(found)
+    table = report.result_table("speed", "en")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "80" in line]
+    assert [row[0] for row in rows] == list(serving.OURS)
+    assert rows[0] == ["PyTorch fp32", "4.5", "4.5", "0.22", "0.00", "80"] and rows[-1][4] == "2.50"
+    assert "`make bench BENCH=serving`: " in table

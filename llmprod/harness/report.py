@@ -10,7 +10,7 @@ from string import Template
 import pandas as pd
 import yaml
 
-from llmprod import paths
+from llmprod import files, paths
 from llmprod.harness import runner, study
 from llmprod.harness.notebooks import colab, repository
 from llmprod.harness.pipeline import pipeline
@@ -149,6 +149,9 @@ def result_table(name: str, language: str) -> str:
     if order := [value.format(**words) for value in table.get("order", [])]:
         rows.sort(key=lambda row: order.index(row[0]))
     text = markdown(pd.DataFrame(rows, columns=titles))
+    for bench in [block["bench"] for block in table["blocks"] if "bench" in block]:
+        measured = benchmark(bench)
+        text += f"\n\n`make bench BENCH={bench}`: {measured['machine']}; `{measured['commit']}`"
     return f"{text}\n\n{words['stale']}" if "†" in text else text
 
 
@@ -160,6 +163,8 @@ def row_sources(block: dict) -> list[tuple[list, dict]]:
         ((notebook, dataset),) = block["published"].items()
         figures = yaml.safe_load(paths.PUBLISHED.read_text(encoding="utf-8"))[notebook][dataset]
         return [([], item) for item in figures if allowed(item, block.get("where", {}))]
+    if "bench" in block:
+        return [([], row) for row in benchmark(block["bench"])["rows"] if allowed(row, block.get("where", {}))]
     columns = dict.fromkeys([*block.get("where", {}), *block["by"]])
     metrics = [template["metric"] for template in block.values() if isinstance(template, dict) and "metric" in template]
     means = study.means(block["study"], list(columns), metrics)
@@ -167,10 +172,18 @@ def row_sources(block: dict) -> list[tuple[list, dict]]:
     return [([], fields | {"means": row}) for fields, (_, row) in settings if allowed(fields, block.get("where", {}))]
 
 
+def benchmark(name: str) -> dict:
+    """What `make bench` found last: machine, commit and `rows`, none where it was not measured."""
+    path = paths.REPORTS / "bench" / f"{name}.json"
+    return files.read_json(path) if path.exists() else {"rows": []}
+
+
 def table_cell(template: str | dict, values: list, fields: dict) -> str:
     """One cell: a text with its values filled in, or a number of ours from the reference or a study; "" if missing."""
     if isinstance(template, str):
         return template.format(*values, **fields)
+    if "bench" in template:
+        return template["bench"].format(**fields)
     metric = template["metric"].format(*values)
     if "reference" in template:
         measured = reference("cpu").get(template["reference"])
