@@ -69,7 +69,7 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     proposed.add_argument("--number", type=number(int, 2), default=8, help="of topics (%(default)s)")
     alerts = command("alerts", judge_alerts, "list and judge the monitor's alerts; export texts behind them", journal)
     for option in ("acknowledge", "right", "wrong"):
-        alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[])
+        alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[], type=text)
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
 
 

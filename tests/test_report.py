@@ -120,7 +120,7 @@ def test_a_damaged_reference_is_one_message(monkeypatch, tmp_path, content):
         results.reference("cpu")
 
 
-PARTS = {"metrics": {"accuracy": {"value": 1}}, "speeds": {}, "protocol": {}}
+PARTS = {"notebook": "02_finetune", "seed": 0, "metrics": {"accuracy": {"value": 1}}, "speeds": {}, "protocol": {}}
 MADE = {"source": "s", "commit": "c", "machine": "m", "minutes": 1, "versions": {}, "parameters": {}}
 
 
@@ -129,7 +129,7 @@ MADE = {"source": "s", "commit": "c", "machine": "m", "minutes": 1, "versions": 
     [
         {"metrics": 0}, {"metrics": []}, {"metrics": {"a": 1}}, {"metrics": {"a": {"value": "1"}}},
         {"metrics": {"a": {"value": 10**400}}}, {"speeds": []}, {"protocol": "d"}, {"provenance": 0},
-        {"provenance": {}},
+        {"provenance": {}}, {"notebook": 1}, {"seed": "0"},
         {"provenance": MADE | {"commit": None}}, {"provenance": MADE | {"minutes": "1"}},
         {"provenance": MADE | {"versions": []}},
     ],

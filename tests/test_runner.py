@@ -621,6 +621,7 @@ def test_the_command_line_shows_messages_not_tracebacks(tmp_path, monkeypatch, c
         ["serve", "--rate", "nan"],
         ["feedback", "--store", "x", "--older-than", "nan"],
         ["monitor", "--source", "x", "--topic", "oil \udcff"],
+        ["alerts", "--right", "\udcff"],
     ],
 )
 def test_the_command_line_refuses_what_an_option_can_not_be(arguments, capsys):

@@ -26,11 +26,11 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and w
 STAMP = dict.fromkeys(("source", "commit", "machine"), shapes.text)
 STAMP |= {"minutes": shapes.number, "versions": {"*": shapes.text}, "parameters": {}}
 RESULT = {
+    "notebook": shapes.text, "seed": shapes.whole,
     "metrics": {"*": {"value": shapes.number}},
     "speeds": {"*": shapes.number},
-    "protocol": {},
-    "provenance": STAMP,
-}
+    "protocol": {}, "provenance": STAMP,
+}  # fmt: skip
 METRIC = {"value": shapes.finites, "mean": shapes.finite, "sd": shapes.finite}
 METRIC |= {"runs": shapes.positive, "n?": shapes.positive}
 REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": shapes.number_or_none}}}
