@@ -1,5 +1,7 @@
 """Tracking: offline and silent without an account, with the same numbers as the results file."""
 
+import base64
+import hashlib
 import http.server
 import json
 import os
@@ -9,13 +11,14 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from llmprod import LLMProdError, artifacts, paths
+from llmprod import LLMProdError, paths
 from llmprod.harness import track
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -39,8 +42,7 @@ run = track.start("01_data", {"seed": seed, "dataset": dataset})
 run.log({"loss": 0.5}, step=1)
 run.figure("one", plt.figure())
 run.table("two", pd.DataFrame({"class": ["a"], "F1": [0.5]}))
-(run.work / "made.json").write_text("{}")
-run.lineage(run.work / "made.json", of=[run.work / "made.json"])
+run.lineage({"notebook": "01_data", "metrics": {}}, of=[{"notebook": "00_before", "metrics": {}}])
 run.finish({"accuracy": 0.25}, {"sha256 of data": "abc"})
 """
 
@@ -275,12 +277,18 @@ def test_offline_run_holds_the_numbers_of_the_results_file(smoke_run, notebook):
 )
 def test_an_offline_run_says_what_it_was_made_of(smoke_run, notebook, of):
     """Data, model, bundle, feedback: each result is an artifact whose metadata name the results behind it."""
+
+    def content(name):
+        result = json.loads((smoke_run / f"results/{name}.json").read_text())
+        del result["provenance"]  # the runner adds it when the notebook has ended
+        return json.dumps(result, sort_keys=True).encode()
+
     *_, made = offline_run(smoke_run, notebook)
-    result = made[f"{notebook}-smoke"]
-    (entry,) = result.manifest.contents
-    assert entry.path == f"{notebook}.json" and entry.size == (smoke_run / "results" / entry.path).stat().st_size
-    expected = {name: artifacts.sha256(smoke_run / "results" / f"{name}.json") for name in of}
-    assert json.loads(result.metadata)["made_of"] == expected
+    (entry,) = made[f"{notebook}-smoke"].manifest.contents
+    assert Path(entry.local_path).read_bytes() == content(notebook), "as it is when it is uploaded"
+    assert entry.digest == base64.b64encode(hashlib.md5(content(notebook)).digest()).decode()
+    expected = {name: hashlib.sha256(content(name)).hexdigest() for name in of}
+    assert json.loads(made[f"{notebook}-smoke"].metadata)["made_of"] == expected
 
 
 def test_tensorboard_has_the_same_numbers(smoke_run):

@@ -61,8 +61,8 @@ def record(
     counts, speeds = counts or {}, speeds or {}
     checksums = {f"sha256 of {name}": value for name, value in (checksums or {}).items()}
     protocol = {name: value for name, value in run.parameters.items() if name != "seed"} | checksums
-    needed = [run.folder / "results" / f"{upstream}.json" for upstream in pipeline()[run.notebook]["needs"]]
-    protocol |= {path.stem: read_json(path)["protocol"] for path in needed}
+    needed = [read_json(run.folder / "results" / f"{name}.json") for name in pipeline()[run.notebook]["needs"]]
+    protocol |= {upstream["notebook"]: upstream["protocol"] for upstream in needed}
     numbers = n if isinstance(n, Mapping) else {"": n}
     metrics = {name: {"value": float(value), "n": numbers.get(name, numbers[""])} for name, value in scores.items()}
     metrics |= {name: {"value": int(value)} for name, value in counts.items()}
@@ -76,8 +76,8 @@ def record(
     }
     if predictions is not None:
         examples.write(examples.of_run(run.folder, run.notebook), predictions)
-    write_json(made := run.folder / "results" / f"{run.notebook}.json", result)
-    run.lineage(made, of=needed)
+    write_json(run.folder / "results" / f"{run.notebook}.json", result)
+    run.lineage(result, of=needed)
     run.finish({name: metric["value"] for name, metric in metrics.items()} | result["speeds"], checksums)
     return verdict({run.notebook: result}, reference(run.folder.name), [run.notebook], run.folder)
 

@@ -4,6 +4,8 @@ Weights & Biases does what the user's `WANDB_MODE` or `WANDB_DISABLED` says; wit
 `WANDB_API_KEY` is set. TensorBoard gets the same numbers. `TRACKING=none` turns both off.
 """
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -17,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 
-from llmprod import LLMProdError, artifacts, machine, paths
+from llmprod import LLMProdError, machine, paths
 
 KINDS = (str, int, float, bool, type(None))
 
@@ -115,22 +117,29 @@ class Run:
         self.wandb.log({f"tables/{name}": self.kinds.Table(dataframe=table.astype(object).map(python_value))})
         self.tensorboard.add_text(name, table.to_markdown())
 
-    def lineage(self, made: Path, of: Sequence[Path]) -> None:
+    def lineage(self, made: Mapping[str, object], of: Sequence[Mapping[str, object]]) -> None:
         """Tells W&B what this run made and of what: a notebook's result is an artifact, those that it needs are used.
 
         W&B draws data, model, bundle and feedback as a graph from it. An artifact can be used online only; offline its
         metadata name what it was made of, by sha256, and `make sync` uploads them with it.
         """
 
-        def artifact(path: Path, **metadata: object) -> object:
-            name = re.sub(r"[^\w.-]", "-", f"{path.stem}-{self.folder.name}")[:128]
+        def content(result: Mapping[str, object]) -> str:
+            return json.dumps({k: v for k, v in result.items() if k != "provenance"}, sort_keys=True)  # added later
+
+        def artifact(result: Mapping[str, object], **metadata: object) -> object:
+            name = re.sub(r"[^\w.-]", "-", f"{result['notebook']}-{self.folder.name}")[:128]
             found = self.kinds.Artifact(name, type="result", metadata=metadata)
-            found.add_file(str(path), policy="immutable", skip_cache=True)  # where it is: no copy
+            with found.new_file(f"{result['notebook']}.json", encoding="utf-8") as file:
+                file.write(content(result))
             return found
 
-        self.wandb.log_artifact(artifact(made, made_of={path.stem: artifacts.sha256(path) for path in of}))
-        for path in of if self.wandb.offline is False else ():
-            self.wandb.use_artifact(artifact(path))
+        if isinstance(self.wandb, Silent):
+            return
+        names = {result["notebook"]: hashlib.sha256(content(result).encode()).hexdigest() for result in of}
+        self.wandb.log_artifact(artifact(made, made_of=names))
+        for result in of if self.wandb.offline is False else ():
+            self.wandb.use_artifact(artifact(result))
 
     def finish(self, numbers: Mapping[str, float], config: dict[str, object]) -> None:
         """Closes the run with its final numbers (the run's summary) and the checksums of data and model."""
