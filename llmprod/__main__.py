@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     reference = command("reference", measure_reference, "measure the reference over seeds", profile)
     reference.add_argument("--seeds", type=number(int), nargs="+", default=[0, 1, 2])
     reference.add_argument("--notebook", default="", help="measure only this one and those that it needs")
+    text = "measure nothing: add this machine's finished run to the reference of others"
+    reference.add_argument("--add", action="store_true", help=text)
     study = command("study", run_studies, "run the missing runs of the studies in notebooks/studies.yaml")
     study.add_argument("names", nargs="*", help="by default all")
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
@@ -157,7 +159,10 @@ def write_report(options: argparse.Namespace) -> int:
 def measure_reference(options: argparse.Namespace) -> int:
     from llmprod.harness import report, runner
 
-    print(runner.measure_reference(options.profile, options.seeds, options.notebook))
+    if options.add:
+        print(runner.add_to_reference(options.profile))
+    else:
+        print(runner.measure_reference(options.profile, options.seeds, options.notebook))
     write_report(options)
     report.keep(options.profile)
     return 0

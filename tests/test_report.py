@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from llmprod import LLMProdError, data, files, paths
 from llmprod.evaluate import metrics
-from llmprod.harness import examples, pipeline, report, results
+from llmprod.harness import examples, pipeline, report, results, runner
 
 PROTOCOL = {"dataset": "d", "epochs": 2, "01_data": {"rows": 10}}
 
@@ -325,6 +325,33 @@ def test_a_text_that_occurs_twice_is_two_examples():
     assert examples.differences(table, other) == (3, 2, 1, 1)
 
 
+def test_a_run_of_another_machine_is_added_to_the_reference(monkeypatch, tmp_path, seeds, texts):
+    """What drifted there is then within the reference's spread, and equal to the same run again."""
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    (tmp_path / "reference").mkdir()
+    other = predicted(texts, 3).assign(score="accuracy", machine="another")
+    other.loc[:5, "prediction"] = (other.loc[:5, "truth"] + 1) % 8
+    own, one = seeds.assign(score="accuracy"), result(accuracy_of(other), n=600, seed=3)
+    shelf = {"03_evaluate": results.summarise([result(accuracy_of(p), 600, s) for s, p in own.groupby("seed")])}
+    files.write_json(tmp_path / "reference/cpu.json", {"notebooks": shelf})
+    examples.write(tmp_path / "own.parquet", own)
+    examples.gather([tmp_path / "own.parquet"], examples.of_reference("cpu", "03_evaluate"))
+    examples.write(examples.of_run(tmp_path / "cpu", "03_evaluate"), other)
+    monkeypatch.setattr(results, "results", lambda folder: {"03_evaluate": one})
+    for _ in range(2):  # the second time changes nothing
+        runner.add_to_reference("cpu")
+        measured = results.reference("cpu")["03_evaluate"]["metrics"]["accuracy"]
+        assert list(measured["value"]) == ["1", "2", "3", "4", "3, m"] and measured["runs"] == 5
+        assert measured["value"]["3, m"] == accuracy_of(other) != measured["value"]["3"]
+        found = examples.read(examples.of_reference("cpu", "03_evaluate"))
+        assert len(found) == 5 * 600 and examples.judge(other, found)[1].startswith("0 of 600")
+        assert examples.judge(predicted(texts, 3).assign(score="accuracy"), found)[1].startswith("0 of 600")
+    one["protocol"] |= {"epochs": 99}
+    with pytest.raises(LLMProdError, match="03_evaluate is of another protocol than the reference: epochs: 99"):
+        runner.add_to_reference("cpu")
+
+
 def test_examples_decide_the_verdict_of_a_run(monkeypatch, tmp_path, seeds, texts):
     """A score within its tolerance drifts where its predictions do; a damaged file is one message."""
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
@@ -358,8 +385,9 @@ def test_the_references_predictions_give_its_scores():
     assert [path.stem for path in found] == EXAMPLES
     for path in found:
         metrics_of = results.reference("cpu")[path.stem]["metrics"]
-        for (score, seed), part in examples.read(path).groupby(["score", "seed"], observed=True):
-            assert accuracy_of(part) == pytest.approx(metrics_of[score]["value"][str(seed)]), (score, seed)
+        for (score, seed, machine), part in examples.read(path).groupby(["score", "seed", "machine"], observed=True):
+            runs = {k: v for k, v in metrics_of[score]["value"].items() if k.partition(",")[0] == str(seed)}
+            assert any(accuracy_of(part) == pytest.approx(value) for value in runs.values()), (score, seed, machine)
             assert len(part) == metrics_of[score]["n"]
 
 

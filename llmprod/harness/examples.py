@@ -5,7 +5,7 @@ import itertools
 import math
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +82,12 @@ def read(path: Path) -> pd.DataFrame | None:
 
 
 def gather(sources: Sequence[Path], target: Path) -> None:
-    """Writes the predictions of several seeds as one file, if there are any."""
+    """Writes the predictions of several seeds or machines as one file, if there are any; of the same, the last."""
     parts = [part for path in sources if (part := read(path)) is not None]
     if parts:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, pd.concat(parts, ignore_index=True))
+        found = pd.concat([part.astype({"score": str, "machine": str}) for part in parts], ignore_index=True)
+        write(target, found.drop_duplicates(["score", "seed", "machine", "id"], keep="last", ignore_index=True))
 
 
 def of_run(folder: Path, notebook: str) -> Path:
@@ -107,13 +108,13 @@ def differences(a: pd.DataFrame, b: pd.DataFrame) -> tuple[int, int, int, int]:
     return len(both), differ, int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
 
 
-def allowed(runs: Mapping[int, pd.DataFrame], n: float) -> float:
+def allowed(runs: Collection[pd.DataFrame], n: float) -> float:
     """How many of n predictions of another run may differ from those of one of these runs, by how many theirs differ.
 
-    The mean over the pairs of seeds and 3 sd √(1 + 1/seeds) more, where the sd is at least that of a Poisson count. No
+    The mean over the pairs of runs and 3 sd √(1 + 1/runs) more, where the sd is at least that of a Poisson count. No
     limit without pairs that have half of the texts in common: each seed of a validation split has texts of its own.
     """
-    pairs = [differences(a, b)[:2] for a, b in itertools.combinations(runs.values(), 2)]
+    pairs = [differences(a, b)[:2] for a, b in itertools.combinations(runs, 2)]
     counts = [differ * n / common for common, differ in pairs if common >= n / 2]
     if not counts:
         return math.inf
@@ -129,17 +130,19 @@ def judge(mine: pd.DataFrame, reference: pd.DataFrame) -> tuple[bool, str]:
 
     Args:
         mine: the rows of one score of a run, as `table` makes them
-        reference: the rows of the same score, of one or more seeds
+        reference: the rows of the same score, of one or more seeds and machines
     """
-    runs = {seed: part for seed, part in reference.groupby("seed") if part["id"].isin(mine["id"]).any()}
-    same = runs.get(mine["seed"].iloc[0])
-    found = [differences(mine, other) for other in ([same] if same is not None else runs.values())]
+    seed, machine = mine["seed"].iloc[0], mine["machine"].iloc[0]
+    parts = dict(list(reference.groupby(["seed", "machine"], observed=True)))
+    runs = {run: part for run, part in parts.items() if part["id"].isin(mine["id"]).any()}
+    same = [part for run, part in runs.items() if run[0] == seed]
+    alike = [runs[seed, machine]] if (seed, machine) in runs else []
+    found = [differences(mine, other) for other in alike or same or runs.values()]
     if not found:
         return True, ""
     n, differ, better, worse = (statistics.mean(column) for column in zip(*found, strict=True))
-    alike = same is not None and set(same["machine"]) == set(mine["machine"])
-    limit = 0.0 if alike else allowed(runs, n)
+    limit = 0.0 if alike else allowed(runs.values(), n)
     gain, half = (better - worse) / n, 1.96 * math.sqrt(max(better + worse - (better - worse) ** 2 / n, 0)) / n
-    words = f"{differ:,.0f} of {n:,.0f} predictions differ from {'the same' if same is not None else 'another'} seed's"
+    words = f"{differ:,.0f} of {n:,.0f} predictions differ from {'the same' if same else 'another'} seed's"
     words += f" (accuracy {gain:+.4f}, 95 % {gain - half:+.4f} to {gain + half:+.4f})" if differ else ""
     return differ <= limit, words if differ <= limit else f"{words}; at most {limit:,.0f} may"

@@ -50,8 +50,8 @@ def page(folder: Path) -> str:
         markdown(table.map(plain)),
     ]
     parts.append(
-        "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
-        "3 sd √(1 + 1/seeds) and one test example; with one seed, three standard errors of the share. "
+        "`reference` is our own mean ± standard deviation (runs: seeds, and machines); `tolerance` is the larger of "
+        "3 sd √(1 + 1/runs) and one test example; with one run, three standard errors of the share. "
         "Published figures have protocols of their own: `published.yaml`."
     )
     for notebook, result in found.items():

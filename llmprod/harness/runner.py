@@ -214,6 +214,26 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
     return paths.RUNS / f"{name[:60]}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"  # another text, another folder
 
 
+def add_to_reference(profile_name: str) -> Path:
+    """Adds a profile's finished run, of another machine, to its reference: the noise between machines counts, too.
+
+    Raises LLMProdError where the run is of another protocol.
+    """
+    folder, target = paths.REPORTS / profile_name, paths.REFERENCE / f"{profile_name}.json"
+    expected = results.reference(profile_name)
+    for name, found in results.results(folder).items():
+        theirs, who = expected[name], f"{found['seed']}, {found['provenance']['machine']}"
+        if unlike := results.differences(found["protocol"], theirs["protocol"]):
+            raise LLMProdError(f"The run of {name} is of another protocol than the reference: {'; '.join(unlike)}.")
+        for metric, values in theirs["metrics"].items():
+            values["value"][who] = found["metrics"][metric]["value"]
+            values |= results.moments(values["value"])
+        shelf = examples.of_reference(profile_name, name)
+        examples.gather([shelf, examples.of_run(folder, name)], shelf)
+    files.write_json(target, files.read_json(target) | {"notebooks": expected})
+    return target
+
+
 def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -> Path:
     """Runs the pipeline for every seed, as far as it is not up to date, and writes `reports/reference/<profile>.json`.
 
