@@ -49,6 +49,8 @@ def test_tolerance_by_hand():
     assert results.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
     one = {"sd": 0.0, "runs": 1, "mean": 0.9, "n": 900}
     assert results.tolerance(one) == pytest.approx(3 * 0.01), "one run: three standard errors of its share"
+    assert results.tolerance(one | {"runs": 2}) == pytest.approx(3 * 0.01), "two that are equal by chance"
+    assert results.tolerance(one | {"runs": 2, "sd": 0.1}) == pytest.approx(0.3 * math.sqrt(1.5))
 
 
 @pytest.mark.parametrize(

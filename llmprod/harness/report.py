@@ -51,7 +51,7 @@ def page(folder: Path) -> str:
     ]
     parts.append(
         "`reference` is our own mean ± standard deviation (runs: seeds, and machines); `tolerance` is the larger of "
-        "3 sd √(1 + 1/runs) and one test example; with one run, three standard errors of the share. "
+        "3 sd √(1 + 1/runs) and one test example; with one run or two, at least three standard errors of the share. "
         "Published figures have protocols of their own: `published.yaml`."
     )
     for notebook, result in found.items():

@@ -179,13 +179,13 @@ def tolerance(metric: Mapping[str, object]) -> float:
     """How far a new run may lie from the reference mean: max(3 sd sqrt(1 + 1/runs), one test example).
 
     The first term is the spread of one more draw around a mean of `runs` draws; the second is the least that a
-    score over n examples can change. A count has no second term. One run has no spread: of a share over n examples
-    three standard errors stand in for it.
+    score over n examples can change. A count has no second term. One run has no spread, and two have one by chance: of
+    a share over n examples it is at least three standard errors.
     """
     spread = 3 * metric["sd"] * math.sqrt(1 + 1 / metric["runs"])
-    if metric["runs"] == 1 and "n" in metric:
+    if metric["runs"] < 3 and "n" in metric:
         share = min(max(metric["mean"], 0.0), 1.0)
-        spread = 3 * math.sqrt(share * (1 - share) / metric["n"])
+        spread = max(spread, 3 * math.sqrt(share * (1 - share) / metric["n"]))
     return max(spread, 1 / metric["n"] if "n" in metric else 0.0)
 
 
