@@ -138,7 +138,7 @@ def serve(options: argparse.Namespace) -> int:
 
 def manage_feedback(options: argparse.Namespace) -> int:
     from llmprod.feedback import review
-    from llmprod.harness import results
+    from llmprod.harness import report
 
     with opened_store(options.store) as store:
         if options.shadow:
@@ -146,7 +146,7 @@ def manage_feedback(options: argparse.Namespace) -> int:
             mean, low, high = 100 * found[["mean", "low", "high"]].iloc[-1]
             print(f"shadow less served, {len(found)} audited answers: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
         if options.export:
-            results.spreadsheet(store.export_user(options.export)).to_csv(sys.stdout, index=False)
+            report.spreadsheet(store.export_user(options.export)).to_csv(sys.stdout, index=False)
         if options.delete:
             print(f"{store.delete_user(options.delete)} answers of {options.delete} deleted")
         if options.older_than is not None:
@@ -223,7 +223,7 @@ def propose_topics(options: argparse.Namespace) -> int:
 
 
 def judge_alerts(options: argparse.Namespace) -> int:
-    from llmprod.harness import results
+    from llmprod.harness import report, results
     from llmprod.news_monitoring import monitor
     from llmprod.news_monitoring.journal import Journal
 
@@ -235,7 +235,7 @@ def judge_alerts(options: argparse.Namespace) -> int:
                 journal.acknowledge(alert, right)
         if options.export:
             try:
-                results.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
+                report.spreadsheet(monitor.judged(journal)).to_csv(options.export, index=False)
             except OSError as error:
                 raise LLMProdError(
                     f"--export {options.export}: it can't be written ({error.strerror or error})."

@@ -50,8 +50,9 @@ def page(folder: Path) -> str:
         markdown(table.map(plain)),
     ]
     parts.append(
-        "`reference` is our own mean ± standard deviation (runs: seeds, and machines); `tolerance` is the larger of "
-        "3 sd √(1 + 1/runs) and one test example; with one run or two, at least three standard errors of the share. "
+        "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
+        "3 sd √(1 + 1/seeds) and one test example, with the deviation between machines in the sd; with one seed, at "
+        "least three standard errors of the share. "
         "Published figures have protocols of their own: `published.yaml`."
     )
     for notebook, result in found.items():
@@ -71,6 +72,11 @@ def page(folder: Path) -> str:
 def plain(text: object) -> str:
     """A text for a cell of a Markdown table, in which nothing of it is markup: it may come from the data."""
     return re.sub(r"([\\`*_\[\]<>|!&~$])", r"\\\1", " ".join(str(text).split()))
+
+
+def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose texts no spreadsheet takes for formulas: where one begins like it, an apostrophe stands before."""
+    return table.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v)
 
 
 # Generated blocks of the READMEs and docs/ARCHITECTURE.md

@@ -32,7 +32,7 @@ RESULT = {
     "protocol": {}, "provenance": STAMP,
 }  # fmt: skip
 METRIC = {"value": shapes.finites, "mean": shapes.finite, "sd": shapes.finite}
-METRIC |= {"runs": shapes.positive, "n?": shapes.positive}
+METRIC |= {"runs": shapes.positive, "n?": shapes.positive, "elsewhere?": shapes.finites, "machines?": shapes.finite}
 REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": shapes.number_or_none}}}
 
 
@@ -137,16 +137,22 @@ def reference(profile: str) -> dict:
     way_out = "take the committed one, or `make reference`"
     notebooks = shapes.read(path, REFERENCE, way_out)["notebooks"]
     metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
-    wrong = [key for key, m in metrics.items() for k, v in moments(m["value"]).items() if not math.isclose(m[k], v)]
+    found = {key: moments(m["value"], m.get("elsewhere")) for key, m in metrics.items()}
+    wrong = [key for key, m in metrics.items() for k, v in found[key].items() if not math.isclose(m.get(k, -1), v)]
     if wrong:
         raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): {way_out}.")
     return notebooks
 
 
-def moments(values: Mapping[str, float]) -> dict[str, float]:
-    """Mean, standard deviation and number of the values by seed."""
+def moments(values: Mapping[str, float], elsewhere: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Mean, standard deviation and number of the values by seed; `machines`, the deviation of the same seeds elsewhere.
+
+    `elsewhere`: values on other machines, by "seed, machine".
+    """
     sd = statistics.stdev(values.values()) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values.values()), "sd": sd, "runs": len(values)}
+    found = {"mean": statistics.mean(values.values()), "sd": sd, "runs": len(values)}
+    gaps = [(value - values[who.partition(",")[0]]) ** 2 for who, value in (elsewhere or {}).items()]
+    return found | ({"machines": math.sqrt(statistics.mean(gaps))} if gaps else {})
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -178,12 +184,11 @@ def summarise(runs: list[dict]) -> dict:
 def tolerance(metric: Mapping[str, object]) -> float:
     """How far a new run may lie from the reference mean: max(3 sd sqrt(1 + 1/runs), one test example).
 
-    The first term is the spread of one more draw around a mean of `runs` draws; the second is the least that a
-    score over n examples can change. A count has no second term. One run has no spread, and two have one by chance: of
-    a share over n examples it is at least three standard errors.
+    The first term is the spread of one more draw by seed and, where it was measured, by machine; the second is the
+    least that a score over n examples can change. One seed has no spread: of a share it is three standard errors.
     """
-    spread = 3 * metric["sd"] * math.sqrt(1 + 1 / metric["runs"])
-    if metric["runs"] < 3 and "n" in metric:
+    spread = 3 * math.hypot(metric["sd"], metric.get("machines", 0.0)) * math.sqrt(1 + 1 / metric["runs"])
+    if metric["runs"] == 1 and "n" in metric:
         share = min(max(metric["mean"], 0.0), 1.0)
         spread = max(spread, 3 * math.sqrt(share * (1 - share) / metric["n"]))
     return max(spread, 1 / metric["n"] if "n" in metric else 0.0)
@@ -326,11 +331,6 @@ def markdown(table: pd.DataFrame) -> str:
     """A frame as a Markdown table, its cells unchanged but for control characters, which a terminal would obey."""
     cells = table.map(lambda value: CONTROL.sub("·", value) if isinstance(value, str) else value)
     return cells.to_markdown(index=False, disable_numparse=True)
-
-
-def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
-    """A frame whose texts no spreadsheet takes for formulas: where one begins like it, an apostrophe stands before."""
-    return table.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v)
 
 
 def spread(metric: Mapping[str, object]) -> str:

@@ -217,7 +217,8 @@ def folder_for(profile_name: str, parameters: Mapping[str, object]) -> Path:
 def add_to_reference(profile_name: str) -> Path:
     """Adds a profile's finished run, of another machine, to its reference: the noise between machines counts, too.
 
-    Raises LLMProdError where the run is of another protocol.
+    Mean and deviation over seeds stay. Raises LLMProdError where the run is of another protocol, or of a seed that the
+    reference lacks.
     """
     folder, target = paths.REPORTS / profile_name, paths.REFERENCE / f"{profile_name}.json"
     expected = results.reference(profile_name)
@@ -225,9 +226,13 @@ def add_to_reference(profile_name: str) -> Path:
         theirs, who = expected[name], f"{found['seed']}, {found['provenance']['machine']}"
         if unlike := results.differences(found["protocol"], theirs["protocol"]):
             raise LLMProdError(f"The run of {name} is of another protocol than the reference: {'; '.join(unlike)}.")
-        for metric, values in theirs["metrics"].items():
-            values["value"][who] = found["metrics"][metric]["value"]
-            values |= results.moments(values["value"])
+        for name_of, metric in theirs["metrics"].items():
+            if str(found["seed"]) not in metric["value"]:
+                raise LLMProdError(
+                    f"The reference of {name} lacks the run's seed, {found['seed']}: add one of its seeds."
+                )
+            metric["elsewhere"] = metric.get("elsewhere", {}) | {who: found["metrics"][name_of]["value"]}
+            metric |= results.moments(metric["value"], metric["elsewhere"])
         shelf = examples.of_reference(profile_name, name)
         examples.gather([shelf, examples.of_run(folder, name)], shelf)
     files.write_json(target, files.read_json(target) | {"notebooks": expected})
