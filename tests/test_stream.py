@@ -1027,6 +1027,15 @@ def test_a_damaged_name_of_a_table_is_one_message(a_journal, tmp_path):
         Journal(tmp_path / "journal.db")
 
 
+def test_a_damaged_number_of_the_format_is_one_message(a_journal, tmp_path):
+    """Found by the test above: SQLite's own code for it is that of any mistake."""
+    content = bytearray(a_journal)
+    content[44:48] = (200).to_bytes(4, "big")
+    (tmp_path / "journal.db").write_bytes(content)
+    with pytest.raises(NewsError, match=r"journal\.db is damaged"):
+        Journal(tmp_path / "journal.db")
+
+
 def test_a_full_disk_is_told_and_nothing_is_half(journal):
     pages = journal.db.execute("PRAGMA page_count").fetchone()[0]
     journal.db.execute(f"PRAGMA max_page_count = {pages + 2}")

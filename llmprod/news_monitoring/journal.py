@@ -85,7 +85,7 @@ def _fixable(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         words = FIXABLE.get((getattr(error, "sqlite_errorcode", None) or 0) & 0xFF)
-        if words is None and "decode" in str(error):  # a text that is not UTF-8
+        if words is None and ("decode" in str(error) or "file format" in str(error)):  # no UTF-8; a number in the head
             words = DAMAGED
         if words is None:
             raise
