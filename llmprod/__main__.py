@@ -159,10 +159,10 @@ def write_report(options: argparse.Namespace) -> int:
 def measure_reference(options: argparse.Namespace) -> int:
     from llmprod.harness import report, runner
 
-    if options.add:
+    if options.add:  # of notebooks that ran here; the executed copies that are kept stay
         print(runner.add_to_reference(options.profile))
-    else:
-        print(runner.measure_reference(options.profile, options.seeds, options.notebook))
+        return write_report(options)
+    print(runner.measure_reference(options.profile, options.seeds, options.notebook))
     write_report(options)
     report.keep(options.profile)
     return 0

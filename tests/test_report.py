@@ -105,7 +105,8 @@ def written(monkeypatch, tmp_path, content: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"sd": 1e9}, {"mean": 0.5}, {"runs": 30}, {"value": {}}, {"value": 0.9}, {"sd": None},
-     {"value": {"0": 1.7e308, "1": -1.7e308}}],
+     {"value": {"0": 1.7e308, "1": -1.7e308}}, {"machines": 0.5}, {"elsewhere": {"0, m": 0.95}},
+     {"elsewhere": {"0, m": 0.95}, "machines": 0.5}, {"elsewhere": {"9, m": 0.95}, "machines": 0.05}],
 )  # fmt: skip
 def test_a_reference_whose_spread_does_not_follow_from_its_values_is_refused(monkeypatch, tmp_path, change):
     reference = expected(0.9, 0.91, 0.93)

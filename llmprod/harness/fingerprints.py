@@ -3,7 +3,8 @@
 Of a module's top-level statements only those count that code reaches by name, as a static program slice does (Weiser,
 "Program slicing", ICSE 1981): an edited function re-runs what uses it, and not whatever imports its module. Where names
 leave a choice, too much counts: a class as a whole, a name even where a local one hides it, all of a module that is not
-followed by a dot. What code finds by a text (`getattr(module, text)` apart, which counts the whole module) is not seen.
+followed by a dot. What code finds by a text (`getattr(module, text)` apart, which counts the whole module) is not seen,
+nor what a decorator registers where its module is imported.
 """
 
 import ast

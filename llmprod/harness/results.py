@@ -138,21 +138,19 @@ def reference(profile: str) -> dict:
     notebooks = shapes.read(path, REFERENCE, way_out)["notebooks"]
     metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
     found = {key: moments(m["value"], m.get("elsewhere")) for key, m in metrics.items()}
-    wrong = [key for key, m in metrics.items() for k, v in found[key].items() if not math.isclose(m.get(k, -1), v)]
+    parts = ("mean", "sd", "runs", "machines")
+    wrong = [k for k, m in metrics.items() if not all(math.isclose(m.get(p, 0), found[k].get(p, 0)) for p in parts)]
     if wrong:
         raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): {way_out}.")
     return notebooks
 
 
 def moments(values: Mapping[str, float], elsewhere: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Mean, standard deviation and number of the values by seed; `machines`, the deviation of the same seeds elsewhere.
-
-    `elsewhere`: values on other machines, by "seed, machine".
-    """
+    """Mean, sd and number of values by seed; `machines`: how far those `elsewhere` (by "seed, machine") are off."""
     sd = statistics.stdev(values.values()) if len(values) > 1 else 0.0
     found = {"mean": statistics.mean(values.values()), "sd": sd, "runs": len(values)}
-    gaps = [(value - values[who.partition(",")[0]]) ** 2 for who, value in (elsewhere or {}).items()]
-    return found | ({"machines": math.sqrt(statistics.mean(gaps))} if gaps else {})
+    gaps = [value - values.get(who.partition(",")[0], math.nan) for who, value in (elsewhere or {}).items()]
+    return found | ({"machines": math.hypot(*gaps) / math.sqrt(len(gaps))} if gaps else {})
 
 
 def summarise(runs: list[dict]) -> dict:
