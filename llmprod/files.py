@@ -40,8 +40,10 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file. Raises LLMProdError if it is missing or damaged."""
+    """Reads a JSON file. Raises LLMProdError if it is missing or damaged, or holds half of a surrogate pair."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text that can be written again
+        return content
     except (ValueError, OSError, RecursionError) as error:  # the last where it is nested too deep
         raise LLMProdError(f"{path} can't be read ({error}). Delete it and run again.") from error

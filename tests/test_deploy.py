@@ -147,12 +147,13 @@ def test_a_folder_of_nobody_is_no_bundle():
 
 
 KEPT = {"text": "a", "label": "oil", "answer": "oil", "confidence": 1}
+ODD = ({"text": 1}, {"text": "\ud800"}, {"answer": "x"}, {"answer": []}, {"confidence": "1"})
 
 
 @pytest.mark.parametrize(
     "frozen",
     ["{", "1", "[1]", "[{}]", "[" * 100_000, "\udcff"]
-    + [json.dumps([KEPT | change]) for change in ({"text": 1}, {"answer": "x"}, {"answer": []}, {"confidence": "1"})],
+    + [json.dumps([KEPT | change]) for change in ODD],
 )  # fmt: skip
 def test_frozen_texts_that_are_none_are_refused_whatever_their_checksum(made, tmp_path, frozen):
     files_of(made.folder, tmp_path / "b")

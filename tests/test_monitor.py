@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -638,7 +639,8 @@ def test_an_id_of_a_document_is_none_of_an_alert(tmp_path):
 
 def test_a_log_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "alerts.jsonl", tmp_path / "folder.jsonl"):
+    deep = Path(tmp_path, *["a"] * 1900, "alerts.jsonl")  # more folders than Python calls itself
+    for path in (tmp_path / "file" / "alerts.jsonl", tmp_path / "folder.jsonl", deep):
         (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
         with pytest.raises(NewsError, match="can't be written"):
             channels.open_channel(str(path))

@@ -217,7 +217,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert files.read_json(tmp_path / "a.json") == {"fine": 1}
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "", '{"a": 1', b"\xff"], ids=range(5))
+BROKEN_JSON = ["[" * 100_000, '{"a":' * 100_000, "", '{"a": 1', b"\xff", '{"a": "\\ud800"}', '{"\\udfff": 1}']
+
+
+@pytest.mark.parametrize("content", BROKEN_JSON, ids=range(7))
 def test_a_damaged_file_of_json_is_one_message(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(LLMProdError, match=r"a\.json can't be read .*\. Delete it and run again"):

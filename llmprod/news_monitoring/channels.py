@@ -47,8 +47,9 @@ class Log:
             with path.open("a+b") as file:
                 file.seek(0)
                 self.ids = {alert_id for line in file if (alert_id := _alert_id(line))}
-        except OSError as error:
-            raise NewsError(f"--alert {path}: it can't be written ({error.strerror}). Name another file.") from error
+        except (OSError, RecursionError) as error:  # the latter under thousands of folders that are to be made
+            reason = getattr(error, "strerror", error)
+            raise NewsError(f"--alert {path}: it can't be written ({reason}). Name another file.") from error
 
     def send(self, alert: dict) -> None:
         """Appends an alert; a line that a kill cut off is ended first."""
