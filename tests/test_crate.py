@@ -9,14 +9,14 @@ from rocrate.rocrate import ROCrate
 
 from llmprod import LLMProdError, files, paths
 from llmprod.__main__ import main
-from llmprod.harness import crate, results
+from llmprod.harness import crate, reference, results
 
 NAME = "02_finetune"
 
 
 def finished(folder, change=lambda result: None):
     """A finished run of one notebook, with the numbers of our reference for seed 0, and a figure."""
-    ours = results.reference("cpu")[NAME]
+    ours = reference.load("cpu")[NAME]
     metrics = {name: metric | {"value": metric["value"]["0"]} for name, metric in ours["metrics"].items()}
     provenance = {"commit": "0" * 12, "source": "x", "parameters": {}, "minutes": 1.0, "machine": ours["machine"]}
     provenance |= {"device": "cpu", "versions": {"torch": "2"}, "peak memory, MB": 1000.0}

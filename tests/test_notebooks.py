@@ -14,7 +14,7 @@ import pytest
 
 from llmprod import paths
 from llmprod.finetune.recipe import Recipe
-from llmprod.harness import notebooks, pipeline, results
+from llmprod.harness import notebooks, pipeline, reference
 
 NAMES = list(pipeline.pipeline())
 SMOKE = paths.ROOT / "reports" / "smoke"
@@ -104,7 +104,7 @@ def test_smoke_copy_is_of_today(name):
 @pytest.mark.parametrize("folder", [SMOKE, paths.REFERENCE / "cpu"], ids=["smoke", "reference"])
 def test_committed_copies_tell_nothing_of_their_machine(folder):
     copies = sorted(folder.glob("*.ipynb"))
-    wanted = NAMES if folder == SMOKE else results.reference("cpu")
+    wanted = NAMES if folder == SMOKE else reference.load("cpu")
     assert [path.stem for path in copies] == sorted(wanted)
     for path in copies:
         text = re.sub(r'"image/png": "[^"]*"|@[0-9a-f]{40}', "", path.read_text())

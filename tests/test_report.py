@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from llmprod import LLMProdError, data, files, paths
 from llmprod.evaluate import metrics
-from llmprod.harness import examples, pipeline, report, results, runner
+from llmprod.harness import examples, pipeline, reference, report, results, runner
 
 PROTOCOL = {"dataset": "d", "epochs": 2, "01_data": {"rows": 10}}
 
@@ -33,24 +34,24 @@ def result(value: float, n: int | None = 1000, seed: int = 0, **protocol) -> dic
 
 def expected(*values: float, n: int | None = 1000) -> dict:
     """A reference over seeds with one metric."""
-    return {"03_evaluate": results.summarise([result(v, n, seed) for seed, v in enumerate(values)])}
+    return {"03_evaluate": reference.summarise([result(v, n, seed) for seed, v in enumerate(values)])}
 
 
-def verdict(mine: dict | None, reference: dict) -> tuple[str, str]:
-    table = results.verdict({"03_evaluate": mine} if mine else {}, reference, ["03_evaluate"])
+def verdict(mine: dict | None, theirs: dict) -> tuple[str, str]:
+    table = results.verdict({"03_evaluate": mine} if mine else {}, theirs, ["03_evaluate"])
     return table["verdict"][0], table["reason"][0]
 
 
 def test_tolerance_by_hand():
-    metric = results.summarise([result(v, seed=s) for s, v in enumerate((0.96, 0.97, 0.98))])["metrics"]["accuracy"]
+    metric = reference.summarise([result(v, seed=s) for s, v in enumerate((0.96, 0.97, 0.98))])["metrics"]["accuracy"]
     assert metric["mean"] == pytest.approx(0.97) and metric["sd"] == pytest.approx(0.01) and metric["runs"] == 3
-    assert results.tolerance(metric) == pytest.approx(3 * 0.01 * math.sqrt(4 / 3))
-    assert results.tolerance({"sd": 0.0, "runs": 5, "n": 2189}) == pytest.approx(1 / 2189)
-    assert results.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
+    assert reference.tolerance(metric) == pytest.approx(3 * 0.01 * math.sqrt(4 / 3))
+    assert reference.tolerance({"sd": 0.0, "runs": 5, "n": 2189}) == pytest.approx(1 / 2189)
+    assert reference.tolerance({"sd": 0.0, "runs": 5}) == 0, "a count that never varied must be met exactly"
     one = {"sd": 0.0, "runs": 1, "mean": 0.9, "n": 900}
-    assert results.tolerance(one) == pytest.approx(3 * 0.01), "one run: three standard errors of its share"
-    assert results.tolerance(one | {"machines": 0.1}) == pytest.approx(0.3 * math.sqrt(2)), "but more between machines"
-    assert results.tolerance(metric | {"machines": 0.02}) == pytest.approx(
+    assert reference.tolerance(one) == pytest.approx(3 * 0.01), "one run: three standard errors of its share"
+    assert reference.tolerance(one | {"machines": 0.1}) == pytest.approx(0.3 * math.sqrt(2)), "machines differ by more"
+    assert reference.tolerance(metric | {"machines": 0.02}) == pytest.approx(
         3 * math.hypot(0.01, 0.02) * math.sqrt(4 / 3)
     )
 
@@ -65,13 +66,65 @@ def test_verdict_by_distance(value, name):
 
 def test_the_table_holds_numbers_for_people():
     table = results.verdict({"03_evaluate": result(0.97)}, expected(0.96, 0.97, 0.98), ["03_evaluate"])
-    assert table.loc[0, ["reference", "yours", "tolerance"]].tolist() == ["0.9700 ± 0.0100 (3)", "0.9700", "0.0346"]
+    shown = table.loc[0, ["reference", "yours", "tolerance", "notices"]].tolist()
+    assert shown == ["0.9700 ± 0.0100 (3)", "0.9700", "0.0346", "0.0494"]
+
+
+@pytest.mark.parametrize("runs", [3, 5, 10])
+@pytest.mark.parametrize("factor", [3.0, 6.0])
+def test_what_a_row_notices_it_notices_in_nine_of_ten_cases(runs, factor):
+    """A reference of this spread, and 20,000 runs of which the true value has changed by as much as it says."""
+    metric = {"mean": 0.9, "sd": 0.01, "runs": runs, "n": 10**6}
+    changed = 0.9 + reference.notices(metric, factor)
+    drawn = np.random.default_rng(0).normal(changed, reference.noise(metric), 20_000)
+    assert np.mean(np.abs(drawn - 0.9) > reference.tolerance(metric, factor)) == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_row_too_blunt_to_say_so_is_not_called_reproduced():
+    assert verdict(result(0.1), expected(0.08, 0.1, 0.12))[0] == "BLUNT", "a fifth of .1 is .02"
+    assert verdict(result(0.9), expected(0.88, 0.9, 0.92))[0] == "REPRODUCED"
+    assert verdict(result(0.9), expected(0.08, 0.1, 0.12))[0] == "DRIFTED", "what is far off needs no sharpness"
+    assert verdict(result(0.0), expected(0.0, 0.0))[0] == "REPRODUCED", "what never varies is exact"
+
+
+def test_another_seed_is_judged_by_student_and_holm():
+    """By hand: of m rows the farthest by t at .01 / m, the next, once it has drifted, at .01 / (m - 1)."""
+    metric = {"mean": 0.0, "sd": 1 / math.sqrt(4 / 3), "runs": 3, "n": 100}  # noise 1
+    limits = [stats.t.isf(0.01 / m, df=2) for m in (3, 2, 1)]
+    rows = dict(enumerate([1.0, limits[0] + 0.1, limits[1] + 0.1]))
+    found = reference.factors({row: (metric, value) for row, value in rows.items()})
+    assert [found[row] for row in (1, 2, 0)] == pytest.approx(limits)
+    found = reference.factors({row: (metric, value) for row, value in enumerate([1.0, limits[1] + 0.1, 2.0])})
+    assert list(found.values()) == pytest.approx([limits[0]] * 3), "none drifts, all are held to the first"
+    assert reference.factors({}) == {} and reference.factors({0: (metric, math.nan)})[0] == pytest.approx(limits[2])
+    assert reference.factors({0: (metric | {"runs": 1}, 9.0)}) == {0: math.inf}, "from one seed nothing can be told"
+
+
+def test_an_honest_report_of_another_seed_rarely_drifts():
+    """2,000 reports of 20 scores, each with a reference of five seeds and one new run of the same distribution."""
+    drawn = np.random.default_rng(0).normal(0.9, 0.01, (2000, 20, 6))
+    drifted = 0
+    for values in drawn:
+        means, sds = values[:, :5].mean(axis=1), values[:, :5].std(axis=1, ddof=1)
+        rows = [{"mean": m, "sd": sd, "runs": 5} for m, sd in zip(means, sds, strict=True)]
+        found = reference.factors(dict(enumerate(zip(rows, values[:, 5], strict=True))))
+        limits = [reference.tolerance(row, found[k]) for k, row in enumerate(rows)]
+        drifted += bool((np.abs(values[:, 5] - means) > limits).any())
+    assert 0.01 < drifted / len(drawn) < 0.03, "two in a hundred, of which this is 2,000 draws"
+
+
+def test_a_new_seed_and_a_known_one_are_judged_by_rules_of_their_own():
+    theirs = expected(0.96, 0.97, 0.98)
+    assert verdict(result(1.01, seed=2), theirs)[0] == "DRIFTED"
+    assert verdict(result(1.01, seed=3), theirs)[0] == "REPRODUCED", "one in ten fresh seeds is as far off as that"
+    assert verdict(result(0.60, seed=3), theirs)[0] == "DRIFTED"
+    assert verdict(result(0.60, seed=3), expected(0.97))[0] == "BLUNT", "from one seed nothing can be told"
 
 
 def test_one_test_example_may_differ_where_seeds_do_not():
-    reference = expected(0.5, 0.5, 0.5, n=100)
-    assert verdict(result(0.51, 100), reference)[0] == "REPRODUCED"
-    assert verdict(result(0.52, 100), reference)[0] == "DRIFTED"
+    theirs = expected(0.5, 0.5, 0.5, n=100)
+    assert verdict(result(0.51, 100), theirs)[0] == "REPRODUCED"
+    assert verdict(result(0.52, 100), theirs)[0] == "DRIFTED"
     assert verdict(result(11, None), expected(10, 10, n=None))[0] == "DRIFTED"
 
 
@@ -93,7 +146,7 @@ def test_missing():
 
 def test_reference_over_different_protocols_is_refused():
     with pytest.raises(LLMProdError, match="epochs: 9, reference 2"):
-        results.summarise([result(0.9), result(0.9, epochs=9)])
+        reference.summarise([result(0.9), result(0.9, epochs=9)])
 
 
 def written(monkeypatch, tmp_path, content: str) -> None:
@@ -109,20 +162,20 @@ def written(monkeypatch, tmp_path, content: str) -> None:
      {"elsewhere": {"0, m": 0.95}, "machines": 0.5}, {"elsewhere": {"9, m": 0.95}, "machines": 0.05}],
 )  # fmt: skip
 def test_a_reference_whose_spread_does_not_follow_from_its_values_is_refused(monkeypatch, tmp_path, change):
-    reference = expected(0.9, 0.91, 0.93)
-    written(monkeypatch, tmp_path, json.dumps({"notebooks": reference}))
-    assert results.reference("cpu") == reference
-    reference["03_evaluate"]["metrics"]["accuracy"] |= change
-    written(monkeypatch, tmp_path, json.dumps({"notebooks": reference}))
+    theirs = expected(0.9, 0.91, 0.93)
+    written(monkeypatch, tmp_path, json.dumps({"notebooks": theirs}))
+    assert reference.load("cpu") == theirs
+    theirs["03_evaluate"]["metrics"]["accuracy"] |= change
+    written(monkeypatch, tmp_path, json.dumps({"notebooks": theirs}))
     with pytest.raises(LLMProdError, match=r"cpu\.json was damaged or edited.*make reference"):
-        results.reference("cpu")
+        reference.load("cpu")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"notebooks": []}', '{"notebooks": {"03_evaluate": 1}}'])
 def test_a_damaged_reference_is_one_message(monkeypatch, tmp_path, content):
     written(monkeypatch, tmp_path, content)
     with pytest.raises(LLMProdError, match=r"cpu\.json was damaged or edited.*make reference"):
-        results.reference("cpu")
+        reference.load("cpu")
 
 
 PARTS = {"notebook": "02_finetune", "seed": 0, "metrics": {"accuracy": {"value": 1}}, "speeds": {}, "protocol": {}}
@@ -164,10 +217,10 @@ SOUND = {"protocol": {}, "minutes": 1, "metrics": {"a": {"value": {"0": 1}, "mea
 )
 def test_a_reference_that_lacks_what_is_used_is_one_message(monkeypatch, tmp_path, change):
     written(monkeypatch, tmp_path, json.dumps({"notebooks": {"a": SOUND}}))
-    assert results.reference("cpu")
+    assert reference.load("cpu")
     written(monkeypatch, tmp_path, json.dumps({"notebooks": {"a": SOUND | change}}))
     with pytest.raises(LLMProdError, match=r"cpu\.json .*take the committed one"):
-        results.reference("cpu")
+        reference.load("cpu")
 
 
 @pytest.mark.parametrize("name", ["score", "machine", "id", "seed", "truth", "prediction"])
@@ -182,12 +235,12 @@ def test_predictions_of_other_columns_are_one_message(tmp_path, name):
 
 
 def test_what_fails():
-    """Anything but REPRODUCED, unless the run set a parameter by which it can't be compared."""
+    """Anything but REPRODUCED and BLUNT, unless the run set a parameter by which it can't be compared."""
 
     def fails(verdict: str, notebook: str = "03_evaluate", **parameters) -> bool:
         return results.fails(pd.DataFrame({"notebook": [notebook], "verdict": [verdict]}), parameters)
 
-    assert not fails("REPRODUCED") and not fails("REPRODUCED", epochs=9)
+    assert not fails("REPRODUCED") and not fails("REPRODUCED", epochs=9) and not fails("BLUNT")
     assert all(fails(verdict, epochs=9) for verdict in ("DRIFTED", "MISSING", "EDITED"))
     assert fails("NOT COMPARABLE"), "nothing was changed, or there is no reference"
     assert fails("NOT COMPARABLE", seed=1), "the seed is not part of the protocol"
@@ -197,7 +250,7 @@ def test_what_fails():
 
 def test_a_missing_reference_fails_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    assert results.reference("cpu") == {}
+    assert reference.load("cpu") == {}
     table = results.verdict({"03_evaluate": result(0.9)}, {}, ["03_evaluate"])
     assert list(table["reason"]) == ["no reference was measured"] and results.fails(table, {})
 
@@ -257,12 +310,12 @@ def classify(table, seed: int, shuffled=False, wrong_split=False, off_by_one=Fal
 
 
 def test_what_is_broken_on_purpose_drifts(texts):
-    reference = {"03_evaluate": results.summarise([classify(texts, seed) for seed in range(1, 6)])}
+    theirs = {"03_evaluate": reference.summarise([classify(texts, seed) for seed in range(1, 6)])}
 
     def verdicts(**how):
-        return set(results.verdict({"03_evaluate": classify(texts, 0, **how)}, reference, ["03_evaluate"])["verdict"])
+        return set(results.verdict({"03_evaluate": classify(texts, 0, **how)}, theirs, ["03_evaluate"])["verdict"])
 
-    assert verdicts() == {"REPRODUCED"}
+    assert verdicts() == {"REPRODUCED", "BLUNT"}, "macro-F1 of few texts varies too much to say so"
     assert verdicts(shuffled=True) == {"DRIFTED"}
     assert verdicts(wrong_split=True) == {"DRIFTED"}
     assert verdicts(off_by_one=True) == {"DRIFTED"}
@@ -341,7 +394,7 @@ def test_a_run_of_another_machine_is_added_to_the_reference(monkeypatch, tmp_pat
     other = predicted(texts, 3).assign(score="accuracy", machine="another")
     other.loc[:5, "prediction"] = (other.loc[:5, "truth"] + 1) % 8
     own, one = seeds.assign(score="accuracy"), result(accuracy_of(other), n=600, seed=3)
-    shelf = {"03_evaluate": results.summarise([result(accuracy_of(p), 600, s) for s, p in own.groupby("seed")])}
+    shelf = {"03_evaluate": reference.summarise([result(accuracy_of(p), 600, s) for s, p in own.groupby("seed")])}
     files.write_json(tmp_path / "reference/cpu.json", {"notebooks": shelf})
     examples.write(tmp_path / "own.parquet", own)
     examples.gather([tmp_path / "own.parquet"], examples.of_reference("cpu", "03_evaluate"))
@@ -349,7 +402,7 @@ def test_a_run_of_another_machine_is_added_to_the_reference(monkeypatch, tmp_pat
     monkeypatch.setattr(results, "results", lambda folder: {"03_evaluate": one})
     for _ in range(2):  # the second time changes nothing
         runner.add_to_reference("cpu")
-        measured = results.reference("cpu")["03_evaluate"]["metrics"]["accuracy"]
+        measured = reference.load("cpu")["03_evaluate"]["metrics"]["accuracy"]
         assert list(measured["value"]) == ["1", "2", "3", "4"] and measured["elsewhere"] == {"3, m": accuracy_of(other)}
         assert measured["machines"] == pytest.approx(abs(accuracy_of(other) - measured["value"]["3"])) != 0
         found = examples.read(examples.of_reference("cpu", "03_evaluate"))
@@ -370,8 +423,8 @@ def test_examples_decide_the_verdict_of_a_run(monkeypatch, tmp_path, seeds, text
     mine = seeds[seeds["seed"] == 3].assign(score="accuracy")
     folder = tmp_path / "cpu"
     (folder / "results").mkdir(parents=True)
-    expect = expected(accuracy_of(mine))
     one = result(accuracy_of(mine), seed=3)
+    expect = {"03_evaluate": reference.summarise([one])}
 
     def judged() -> tuple[str, str]:
         table = results.verdict({"03_evaluate": one}, expect, ["03_evaluate"], folder)
@@ -395,7 +448,7 @@ def test_the_references_predictions_give_its_scores():
     found = sorted((paths.REFERENCE / "examples/cpu").glob("*.parquet"))
     assert [path.stem for path in found] == EXAMPLES
     for path in found:
-        metrics_of = results.reference("cpu")[path.stem]["metrics"]
+        metrics_of = reference.load("cpu")[path.stem]["metrics"]
         for (score, seed, machine), part in examples.read(path).groupby(["score", "seed", "machine"], observed=True):
             runs = metrics_of[score]["value"] | metrics_of[score].get("elsewhere", {})
             own = [value for who, value in runs.items() if who.partition(",")[0] == str(seed)]
@@ -406,12 +459,12 @@ def test_the_references_predictions_give_its_scores():
 def test_another_model_does_not_pass_for_the_fine_tuned_one():
     """TF-IDF, and the frozen encoder, are as accurate on R8 as a seed of the fine-tuned model; the examples tell."""
     found = examples.read(examples.of_reference("cpu", "03_evaluate"))
-    metrics_of = results.reference("cpu")["03_evaluate"]["metrics"]
+    metrics_of = reference.load("cpu")["03_evaluate"]["metrics"]
     tuned = found[found["score"] == "accuracy"]
     own = metrics_of["accuracy"]
     for score in ("TF-IDF accuracy", "frozen encoder accuracy"):
         distance = abs(metrics_of[score]["mean"] - own["mean"])
-        assert distance < results.tolerance(own), "by its accuracy alone it would pass"
+        assert distance < reference.tolerance(own), "by its accuracy alone it would pass"
         for seed, part in found[found["score"] == score].groupby("seed"):
             new = part.assign(seed=99)  # the run of a fresh seed, for which another model stands in
             assert not examples.judge(new, tuned)[0], (score, seed)
@@ -424,17 +477,17 @@ def test_another_model_does_not_pass_for_the_fine_tuned_one():
 
 
 def reference_metrics():
-    reference = results.reference("cpu")
-    return [(notebook, name) for notebook, item in reference.items() for name in item["metrics"]]
+    theirs = reference.load("cpu")
+    return [(notebook, name) for notebook, item in theirs.items() for name in item["metrics"]]
 
 
 ONE_SEED = {"04_optimize", "05_deploy", "06_feedback"}  # a seed takes a quarter of an hour with what they need
 
 
 def test_reference_covers_the_pipeline_over_seeds():
-    reference = results.reference("cpu")
-    assert list(reference) == list(pipeline.pipeline())
-    for notebook, item in reference.items():
+    theirs = reference.load("cpu")
+    assert list(theirs) == list(pipeline.pipeline())
+    for notebook, item in theirs.items():
         assert item["machine"] and (item["minutes"] is None or item["minutes"] > 0), notebook  # None: not timed
         assert all(m["runs"] >= (1 if notebook in ONE_SEED else 3) for m in item["metrics"].values()), notebook
 
@@ -442,7 +495,7 @@ def test_reference_covers_the_pipeline_over_seeds():
 @pytest.mark.parametrize(("notebook", "name"), reference_metrics())
 def test_nonsense_drifts_from_every_reference(notebook, name):
     """Zero, where a score is right when it is high; twice the mean and one for the rest, which may be near zero."""
-    item = results.reference("cpu")[notebook]
+    item = reference.load("cpu")[notebook]
     high = re.search("accuracy|F1|AUROC|nDCG|precision@k", name)
     value = 0.0 if high else 2 * item["metrics"][name]["mean"] + 1
     nonsense = {"metrics": {name: {"value": value}}, "protocol": item["protocol"]}
@@ -451,7 +504,7 @@ def test_nonsense_drifts_from_every_reference(notebook, name):
 
 def test_majority_class_drifts_from_every_reference(texts):
     """Always the largest class, scored by the metrics of 03_evaluate on the real test split."""
-    item = results.reference("cpu")["03_evaluate"]
+    item = reference.load("cpu")["03_evaluate"]
     test = texts[texts["split"] == "test"]
     names, y = np.unique(test["label"], return_inverse=True)
     largest = np.bincount(y).argmax()
@@ -532,7 +585,7 @@ def test_generated_parts_of_the_readme_were_not_edited(name, language):
 
 
 def test_published_figures_stand_beside_ours():
-    table = results.verdict({}, results.reference("cpu"), ["03_evaluate"]).set_index("metric")["published"]
+    table = results.verdict({}, reference.load("cpu"), ["03_evaluate"]).set_index("metric")["published"]
     assert table["accuracy"] == "0.978 (BERT-base)" and table["TF-IDF accuracy"] == "0.937 (TF-IDF + LR)"
     assert "BERT-base" in (paths.ROOT / "README.md").read_text()
 

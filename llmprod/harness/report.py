@@ -11,10 +11,10 @@ import pandas as pd
 import yaml
 
 from llmprod import files, paths
-from llmprod.harness import runner, study
+from llmprod.harness import reference, runner, study
 from llmprod.harness.notebooks import colab, repository
 from llmprod.harness.pipeline import pipeline
-from llmprod.harness.results import markdown, notes, reference, results, spread, tally, verify
+from llmprod.harness.results import markdown, notes, results, spread, tally, verify
 
 # Pages
 
@@ -50,9 +50,12 @@ def page(folder: Path) -> str:
         markdown(table.map(plain)),
     ]
     parts.append(
-        "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is the larger of "
-        "3 sd √(1 + 1/seeds) and one test example, with the deviation between machines in the sd; with one seed, at "
-        "least three standard errors of the share. "
+        "`reference` is our own mean ± standard deviation (number of seeds); `tolerance` is how far a run may lie from "
+        "it. For a seed of the reference that is the larger of 3 sd √(1 + 1/seeds) and one test example, with the "
+        "deviation between machines in the sd (of one seed, three standard errors of the share); for another seed "
+        "Student's t takes the place of the 3, with Holm's correction over the rows. `notices` is the smallest change "
+        "that the row would show in nine of ten cases: where it might miss a fifth of its value, a row within its "
+        "tolerance is called BLUNT. "
         "Published figures have protocols of their own: `published.yaml`."
     )
     for notebook, result in found.items():
@@ -110,7 +113,7 @@ def notebook_table(language: str) -> str:
         "en": ("title", "executed", ["notebook", "what it does", "minutes", "main result", ""]),
         "zh": ("title_zh", "已执行", ["笔记本", "内容", "分钟", "主要结果", ""]),
     }[language]
-    rows, expected = [], reference("cpu")
+    rows, expected = [], reference.load("cpu")
     for name, item in pipeline().items():
         measured = expected.get(name)
         link = f"[`{name}`](notebooks/{name}.ipynb)"
@@ -192,7 +195,7 @@ def table_cell(template: str | dict, values: list, fields: dict) -> str:
         return template["bench"].format(**fields)
     metric = template["metric"].format(*values)
     if "reference" in template:
-        measured = reference("cpu").get(template["reference"])
+        measured = reference.load("cpu").get(template["reference"])
         return spread(measured["metrics"][metric]) if measured else ""
     if "study" in template:
         block = {"study": template["study"], "where": template["where"], "by": [], "cell": {"metric": metric}}

@@ -1,13 +1,11 @@
-"""Results, the reference, the verdict.
+"""Results and the verdict on them.
 
 A result is never apart from its protocol: all parameters but the seed, the checksums of data and model, and the
 protocols of the notebooks it builds on. A verdict compares only what has the same protocol.
 """
 
 import hashlib
-import math
 import re
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +14,14 @@ import yaml
 
 from llmprod import LLMProdError, machine, paths, shapes
 from llmprod.files import read_json, write_json
-from llmprod.harness import examples, track
+from llmprod.harness import examples, reference, track
 from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
 from llmprod.tables import shown
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
-EDITED = "EDITED"
+EDITED, BLUNT = "EDITED", "BLUNT"
+COLUMNS = ["notebook", "metric", "published", "reference", "yours", "tolerance", "notices", "verdict", "reason"]
+SHARP = 0.2  # a row that would not notice a change by this share of its value is shown, and not called reproduced
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and what turns the direction of a text
 STAMP = dict.fromkeys(("source", "commit", "machine"), shapes.text)
 STAMP |= {"minutes": shapes.number, "versions": {"*": shapes.text}, "parameters": {}}
@@ -31,9 +31,6 @@ RESULT = {
     "speeds": {"*": shapes.number},
     "protocol": {}, "provenance": STAMP,
 }  # fmt: skip
-METRIC = {"value": shapes.finites, "mean": shapes.finite, "sd": shapes.finite}
-METRIC |= {"runs": shapes.positive, "n?": shapes.positive, "elsewhere?": shapes.finites, "machines?": shapes.finite}
-REFERENCE = {"notebooks": {"*": {"metrics": {"*": METRIC}, "protocol": {}, "minutes": shapes.number_or_none}}}
 
 
 def record(
@@ -79,7 +76,7 @@ def record(
     write_json(run.folder / "results" / f"{run.notebook}.json", result)
     run.lineage(result, of=needed)
     run.finish({name: metric["value"] for name, metric in metrics.items()} | result["speeds"], checksums)
-    return verdict({run.notebook: result}, reference(run.folder.name), [run.notebook], run.folder)
+    return verdict({run.notebook: result}, reference.load(run.folder.name), [run.notebook], run.folder)
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -117,91 +114,7 @@ def edited(folder: Path, notebook: str) -> list[str]:
     return [shown(name) for name in sealed | found if sealed and sealed.get(name) != found.get(name)]
 
 
-# Reference and verdict
-
-
-def judged_by(profile: str) -> str:
-    """The profile whose reference judges a run: its own, or `cpu` for a run outside the profiles."""
-    own = (paths.REFERENCE / f"{profile}.json").exists() or (paths.PROFILES / f"{profile}.yaml").exists()
-    return profile if own else "cpu"
-
-
-def reference(profile: str) -> dict:
-    """Our own results over seeds for a profile; for a run outside the profiles those of `cpu`; {} if there are none.
-
-    Raises LLMProdError where the file is damaged, or a mean or deviation does not follow from the values beside it.
-    """
-    path = paths.REFERENCE / f"{judged_by(profile)}.json"
-    if not path.exists():
-        return {}
-    way_out = "take the committed one, or `make reference`"
-    notebooks = shapes.read(path, REFERENCE, way_out)["notebooks"]
-    metrics = {(n, name): metric for n, item in notebooks.items() for name, metric in item["metrics"].items()}
-    found = {key: moments(m["value"], m.get("elsewhere")) for key, m in metrics.items()}
-    parts = ("mean", "sd", "runs", "machines")
-    wrong = [k for k, m in metrics.items() if not all(math.isclose(m.get(p, 0), found[k].get(p, 0)) for p in parts)]
-    if wrong:
-        raise LLMProdError(f"{path} was damaged or edited ({wrong[0]}): {way_out}.")
-    return notebooks
-
-
-def moments(values: Mapping[str, float], elsewhere: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Mean, sd and number of values by seed; `machines`: how far those `elsewhere` (by "seed, machine") are off."""
-    sd = statistics.stdev(values.values()) if len(values) > 1 else 0.0
-    found = {"mean": statistics.mean(values.values()), "sd": sd, "runs": len(values)}
-    gaps = [value - values.get(who.partition(",")[0], math.nan) for who, value in (elsewhere or {}).items()]
-    return found | ({"machines": math.hypot(*gaps) / math.sqrt(len(gaps))} if gaps else {})
-
-
-def summarise(runs: list[dict]) -> dict:
-    """One notebook's results over seeds: the protocol, and each metric's values, mean, sd and number of runs.
-
-    Raises LLMProdError if the runs have different protocols.
-    """
-    protocols = [run["protocol"] for run in runs]
-    for other in protocols[1:]:
-        if other != protocols[0]:
-            raise LLMProdError(
-                f"Runs of {runs[0]['notebook']} differ in {'; '.join(differences(other, protocols[0]))}."
-            )
-    metrics = {}
-    for name, metric in runs[0]["metrics"].items():
-        by_seed = {str(run["seed"]): run["metrics"][name]["value"] for run in runs}
-        metrics[name] = metric | {"value": by_seed} | moments(by_seed)
-    speeds = {k: statistics.median(run["speeds"][k] for run in runs) for k in runs[0]["speeds"]}
-    minutes = statistics.median(run["provenance"]["minutes"] for run in runs)
-    return {
-        "machine": runs[0]["provenance"]["machine"],
-        "minutes": minutes,
-        "metrics": metrics,
-        "speeds": speeds,
-        "protocol": protocols[0],
-    }
-
-
-def tolerance(metric: Mapping[str, object]) -> float:
-    """How far a new run may lie from the reference mean: max(3 sd sqrt(1 + 1/runs), one test example).
-
-    The first term is the spread of one more draw by seed and, where it was measured, by machine; the second is the
-    least that a score over n examples can change. One seed has no spread: of a share it is three standard errors.
-    """
-    spread = 3 * math.hypot(metric["sd"], metric.get("machines", 0.0)) * math.sqrt(1 + 1 / metric["runs"])
-    if metric["runs"] == 1 and "n" in metric:
-        share = min(max(metric["mean"], 0.0), 1.0)
-        spread = max(spread, 3 * math.sqrt(share * (1 - share) / metric["n"]))
-    return max(spread, 1 / metric["n"] if "n" in metric else 0.0)
-
-
-def differences(mine: Mapping[str, object], theirs: Mapping[str, object], prefix: str = "") -> list[str]:
-    """The differences between two protocols, as "name: mine, reference theirs"."""
-    found = []
-    for name in sorted(mine.keys() | theirs.keys()):
-        a, b = mine.get(name), theirs.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name}: {a}, reference {b}")
-    return found
+# Verdict
 
 
 def published(notebook: str, protocol: Mapping[str, object]) -> list[dict]:
@@ -219,7 +132,13 @@ def verdict(
 
     With the run's folder, also the predictions behind a score are compared, example by example.
     """
-    rows = []
+    fresh = {
+        (n, name): (metric, found[n]["metrics"][name]["value"])
+        for n in notebooks
+        for name, metric in expected.get(n, {"metrics": {}})["metrics"].items()
+        if name in found.get(n, {"metrics": {}})["metrics"] and str(found[n]["seed"]) not in metric["value"]
+    }
+    factors, rows = reference.factors(fresh), []
     for notebook in notebooks:
         mine, theirs = found.get(notebook), expected.get(notebook)
         predicted = {} if folder is None or mine is None else by_example(folder, notebook)
@@ -228,6 +147,7 @@ def verdict(
             other = next((o for o in others if o["metric"] == name), None)
             metric = theirs["metrics"].get(name) if theirs else None
             value = mine["metrics"].get(name, {}).get("value") if mine else None
+            factor = factors.get((notebook, name), reference.KNOWN)
             rows.append(
                 {
                     "notebook": notebook,
@@ -235,18 +155,18 @@ def verdict(
                     "published": f"{other['value']:.4g} ({other['method']})" if other else "",
                     "reference": spread(metric) if metric else "",
                     "yours": "" if value is None else number(value),
-                    "tolerance": number(tolerance(metric)) if metric else "",
-                    **judge(mine, theirs, metric, value, predicted.get(name)),
+                    "tolerance": number(reference.tolerance(metric, factor)) if metric else "",
+                    "notices": number(reference.notices(metric, factor)) if metric else "",
+                    **judge(mine, theirs, metric, value, predicted.get(name), factor),
                 }
             )
-    columns = ["notebook", "metric", "published", "reference", "yours", "tolerance", "verdict", "reason"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def by_example(folder: Path, notebook: str) -> dict[str, tuple[bool, str]]:
     """For each score of which run and reference have the predictions: whether they agree, and how they differ."""
     mine = examples.read(examples.of_run(folder, notebook))
-    theirs = examples.read(examples.of_reference(judged_by(folder.name), notebook))
+    theirs = examples.read(examples.of_reference(reference.judged_by(folder.name), notebook))
     if mine is None or theirs is None:
         return {}
     scores = dict(list(theirs.groupby("score", observed=True)))
@@ -260,31 +180,36 @@ def judge(
     metric: Mapping | None,
     value: float | None,
     predicted: tuple[bool, str] | None = None,
+    factor: float = reference.KNOWN,
 ) -> dict[str, str]:
     """The verdict on one metric, and its reason.
 
     A score is reproduced if it lies within the tolerance and, where there are predictions (`by_example`), these agree.
+    Without them, a tolerance that is wide beside the value (`SHARP`) says too little for that.
     """
     if mine is None:
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
     if metric is None:
         return {"verdict": NOT_COMPARABLE, "reason": "no reference was measured"}
-    unlike = differences(mine["protocol"], theirs["protocol"])
+    unlike = reference.differences(mine["protocol"], theirs["protocol"])
     if unlike:
         return {"verdict": NOT_COMPARABLE, "reason": "; ".join(unlike)}
     if value is None:  # only now: other data may not have what a metric needs
         return {"verdict": MISSING, "reason": "no result; run the notebook"}
     distance, (agrees, words) = abs(value - metric["mean"]), predicted or (True, "")
-    if not distance <= tolerance(metric) + 1e-9:  # so that a NaN drifts
+    if not distance <= reference.tolerance(metric, factor) + 1e-9:  # so that a NaN drifts
         words = f"{distance:.4f} from the reference mean" + (f"; {words}" if words else "")
         return {"verdict": DRIFTED, "reason": words}
+    sharp = not reference.noise(metric) or reference.notices(metric, factor) <= SHARP * abs(metric["mean"])
+    if not words and not sharp:  # without predictions to compare
+        return {"verdict": BLUNT, "reason": f"a change by {SHARP:.0%} may go unnoticed"}
     return {"verdict": REPRODUCED if agrees else DRIFTED, "reason": words}
 
 
 def verify(folder: Path, notebooks: list[str] | None = None) -> pd.DataFrame:
     """The verdict table of a run's folder, over the notebooks of the run; by default over all."""
     notebooks = list(pipeline()) if notebooks is None else notebooks
-    table = verdict(results(folder), reference(folder.name), notebooks, folder)
+    table = verdict(results(folder), reference.load(folder.name), notebooks, folder)
     for notebook in notebooks:
         if names := edited(folder, notebook):
             reason = f"changed after the run: {', '.join(names)}; delete it and run again"
@@ -293,7 +218,7 @@ def verify(folder: Path, notebooks: list[str] | None = None) -> pd.DataFrame:
 
 
 def fails(table: pd.DataFrame, parameters: Mapping[str, object]) -> bool:
-    """Whether a verdict table shows anything but reproduced results.
+    """Whether a verdict table shows anything but results that are reproduced or too blunt to say so.
 
     NOT COMPARABLE, which a missing reference is too, is no failure where the run set a parameter of the notebook, or of
     one that it builds on: that was the aim. The seed is not part of the protocol, so it excuses nothing.
@@ -301,7 +226,7 @@ def fails(table: pd.DataFrame, parameters: Mapping[str, object]) -> bool:
     own = set(parameters) - {"seed"}
     changed = [n for n in pipeline() if any(not own.isdisjoint(declared(m)) for m in with_upstream(n))]
     excused = (table["verdict"] == NOT_COMPARABLE) & table["notebook"].isin(changed)
-    return bool((~excused & (table["verdict"] != REPRODUCED)).any())
+    return bool((~excused & ~table["verdict"].isin([REPRODUCED, BLUNT])).any())
 
 
 def notes(folder: Path, notebooks: list[str] | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llmprod import LLMProdError, files, machine, paths
-from llmprod.harness import examples, pipeline, results
+from llmprod.harness import examples, pipeline, reference, results
 from llmprod.harness.fingerprints import fingerprint
 from llmprod.harness.pipeline import declared, settings, source_hash, with_upstream
 
@@ -221,10 +221,10 @@ def add_to_reference(profile_name: str) -> Path:
     reference lacks.
     """
     folder, target = paths.REPORTS / profile_name, paths.REFERENCE / f"{profile_name}.json"
-    expected = results.reference(profile_name)
+    expected = reference.load(profile_name)
     for name, found in results.results(folder).items():
         theirs, who = expected[name], f"{found['seed']}, {found['provenance']['machine']}"
-        if unlike := results.differences(found["protocol"], theirs["protocol"]):
+        if unlike := reference.differences(found["protocol"], theirs["protocol"]):
             raise LLMProdError(f"The run of {name} is of another protocol than the reference: {'; '.join(unlike)}.")
         for name_of, metric in theirs["metrics"].items():
             if str(found["seed"]) not in metric["value"]:
@@ -232,7 +232,7 @@ def add_to_reference(profile_name: str) -> Path:
                     f"The reference of {name} lacks the run's seed, {found['seed']}: add one of its seeds."
                 )
             metric["elsewhere"] = metric.get("elsewhere", {}) | {who: found["metrics"][name_of]["value"]}
-            metric |= results.moments(metric["value"], metric["elsewhere"])
+            metric |= reference.moments(metric["value"], metric["elsewhere"])
         shelf = examples.of_reference(profile_name, name)
         examples.gather([shelf, examples.of_run(folder, name)], shelf)
     files.write_json(target, files.read_json(target) | {"notebooks": expected})
@@ -255,9 +255,9 @@ def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -
             raise LLMProdError(f"Changed after the run of seed {seed}: {', '.join(changed)}. Delete it and run again.")
     found = {seed: results.results(folder) for seed, folder in folders.items()}
     target = paths.REFERENCE / f"{profile_name}.json"
-    summaries = {name: results.summarise([found[seed][name] for seed in seeds]) for name in notebooks}
+    summaries = {name: reference.summarise([found[seed][name] for seed in seeds]) for name in notebooks}
     if notebook:
-        summaries = results.reference(profile_name) | summaries
+        summaries = reference.load(profile_name) | summaries
     measured = {name: summaries[name] for name in everything if name in summaries}
     for name in notebooks:
         sources = [examples.of_run(folder, name) for folder in folders.values()]
