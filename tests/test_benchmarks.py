@@ -1,11 +1,11 @@
-"""The GPU benchmark in its shrunken form: no line of it is first tried on somebody's GPU."""
+"""Benchmarks in a shrunken form: no line of them is first tried on somebody's GPU, or after an hour."""
 
 import json
 import os
 import subprocess
 import sys
 
-from benchmarks import serving
+from benchmarks import serving, verdict
 from llmprod import paths
 from llmprod.harness import report
 
@@ -46,3 +46,19 @@ def test_what_a_benchmark_finds_is_a_table_of_the_readme(monkeypatch, tmp_path):
     assert [row[0] for row in rows] == list(serving.OURS)
     assert rows[0] == ["PyTorch fp32", "4.5", "4.5", "0.22", "0.00", "80"] and rows[-1][4] == "2.50"
     assert "`make bench BENCH=serving`: " in table
+
+
+def test_rates_of_the_verdict_on_bags_of_words():
+    """What is wrong in a known seed's run is seen on its machine; the table has each kind of run once."""
+    right = [(seed, verdict.NOTHING) for seed in (*verdict.REFERENCE, 100, 101)]
+    wrong = [(seed, change) for change in (verdict.LABELS, verdict.SPLIT) for seed in (0, 200)]
+    found = {(seed, change): verdict.run(seed, change, [verdict.WORDS]) for seed, change in right + wrong}
+    found[0, verdict.BF16] = found[0, verdict.NOTHING]
+    found[1, verdict.THREADS] = found[1, verdict.NOTHING]
+    rows = {row.pop("run"): row for row in verdict.rates(found)}
+    assert rows[verdict.LABELS] == {
+        "another seed": "1 of 1", "a known seed": "1 of 1", "a known seed, another machine": "1 of 1"
+    }  # fmt: skip
+    assert rows[verdict.SPLIT]["a known seed"] == "1 of 1" and rows[verdict.SPLIT]["another seed"] == "0 of 1"
+    assert rows[verdict.NOTHING]["another seed"] == "0 of 2" and rows[verdict.NOTHING]["a known seed"] == ""
+    assert rows[verdict.THREADS]["a known seed, another machine"] == "0 of 1" and verdict.BF16 not in rows
