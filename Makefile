@@ -9,6 +9,7 @@ SEEDS    ?= 0 1 2
 SAMPLE   ?= 3
 STORE    ?= runs/answers.sqlite
 CRATE    ?=
+URL      ?=
 PYTHON   ?= python3
 
 # The active virtual or conda environment, else .venv here.
@@ -16,7 +17,7 @@ VENV := $(or $(value VIRTUAL_ENV),$(value CONDA_PREFIX),.venv)
 BIN := $(VENV)/bin
 
 # What users write reaches the recipes as environment variables, as it is: neither make nor a shell reads it.
-VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE CRATE PYTHON
+VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE CRATE URL PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES) VENV BIN
 
@@ -28,7 +29,7 @@ READY        := $(call escaped,$(VENV)/.llmprod-ready)
 LLMPROD      := "$$BIN/python" -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin sync clean
+.PHONY: help setup reproduce test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin address sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
@@ -104,6 +105,9 @@ lint: $(READY)  ## check code and notebooks for style and dead code, and fix wha
 
 pin: $(READY)  ## make Colab install the last commit of the module (after a change of it)
 	$(LLMPROD) pin
+
+address: $(READY)  ## write URL, the address of a fork, wherever the repository is named: project file, citation, READMEs, notebooks
+	$(LLMPROD) address "$$URL"
 
 sync: $(READY)  ## upload offline W&B runs
 	$(LLMPROD) sync

@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at a time (default: 1)")
     study.add_argument("--check", type=number(int, 1), metavar="N", help="run N random rows again, and judge them")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
+    text = (
+        "write another address of the repository, as of a fork, into the project file, citation, READMEs and notebooks"
+    )
+    command("address", move, text).add_argument("url", help="for example https://github.com/you/llmprod")
     command("sync", sync, "upload offline W&B runs")
 
     products.add(command, profile)
@@ -151,8 +155,7 @@ def write_report(options: argparse.Namespace) -> int:
     folder = runner.folder_for(options.profile, {})
     if (folder / "results").exists():
         report.build(folder)
-    for name, language in report.GENERATED.items():
-        (paths.ROOT / name).write_text(report.update(paths.ROOT / name, language), encoding="utf-8")
+    report.generate()
     return 0
 
 
@@ -183,6 +186,15 @@ def pin(options: argparse.Namespace) -> int:
     from llmprod.harness import notebooks
 
     print(f"pinned {notebooks.pin()}")
+    return 0
+
+
+def move(options: argparse.Namespace) -> int:
+    from llmprod.harness import notebooks, report
+
+    url, commit = notebooks.move(options.url), notebooks.pin()
+    report.generate()
+    print(f"{url}, at {commit}. Commit, then `make pin`, commit again and push: Colab installs that commit.")
     return 0
 
 

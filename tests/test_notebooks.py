@@ -3,16 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
 from dataclasses import fields
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 import pytest
 
-from llmprod import paths
+from llmprod import LLMProdError, paths
 from llmprod.finetune.recipe import Recipe
 from llmprod.harness import notebooks, pipeline, reference
 
@@ -160,8 +164,84 @@ def test_smoke_run_gives_the_numbers_of_the_committed_copies(smoke_run):
 # Colab
 
 
-def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
-    """A fresh environment without llmprod, an empty folder, one notebook alone, and its installation from a path.
+class Host(SimpleHTTPRequestHandler):
+    """What GitHub does for Colab: a bare repository to clone over HTTP, and its files by commit under raw/."""
+
+    def do_GET(self):
+        repository, raw, place = self.path.partition("/raw/")
+        if raw:
+            commit, _, name = place.partition("/")
+            shown = subprocess.run(
+                ["git", "-C", self.directory + repository, "show", f"{commit}:{name}"], capture_output=True
+            )
+            self.send_response(200 if shown.returncode == 0 else 404)
+            self.end_headers()
+            self.wfile.write(shown.stdout)
+        else:
+            super().do_GET()
+
+    def log_message(self, *arguments):
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """A copy of this checkout as a bare repository on loopback, whose address `make address` wrote; served."""
+    served = tmp_path_factory.mktemp("served")
+    work, bare = tmp_path_factory.mktemp("work"), served / "me/fork"
+    listed = subprocess.run(["git", "-C", paths.ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(paths.ROOT / name, work / name)
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=llmprod", "-c", "user.email=llmprod@example.org"]
+        return subprocess.run(["git", "-C", work, *who, *arguments], capture_output=True, text=True, check=True).stdout
+
+    def command(*arguments: str) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "LLMPROD_HOME"} | {"PYTHONPATH": str(work)}
+        subprocess.run([sys.executable, "-m", "llmprod", *arguments], cwd=work, env=environment, check=True)
+
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-qm", "a copy")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=str(served)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/me/fork"
+    for arguments in (("address", f"{url}.git"), ("pin",)):
+        command(*arguments)
+        git("commit", "-qam", arguments[0])
+    subprocess.run(["git", "clone", "-q", "--bare", work, bare], check=True)
+    subprocess.run(["git", "-C", bare, "update-server-info"], check=True)
+    yield url, work
+    server.shutdown()
+
+
+def test_colab_cells_and_all_else_name_the_forks_address(fork):
+    """After `make address` no file names the old one, other than the copies of runs that were before."""
+    url, work = fork
+    old, names = notebooks.repository().removeprefix("https://"), []
+    for path in work.rglob("*"):
+        if path.is_file() and not {".git", "reports"} & set(path.parts):
+            names += [path.name] if old.encode() in path.read_bytes() else []
+    assert names == []
+    for name in NAMES:
+        cell = tagged(nbformat.read(work / f"notebooks/{name}.ipynb", as_version=4), "setup")[0].source
+        assert f"git+{url}@" in cell and "colab" not in (work / f"notebooks/{name}.ipynb").read_text()
+    assert url in (work / "CITATION.cff").read_text() and "colab" not in (work / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "llmprod", "https://github.com/llmprod", "https://me:word@github.com/a/b", "git@github.com:a/b.git",
+            "https://github.com/a/b c", 'https://github.com/a/b"', "file:///etc/a/b", "https://github.com/a/b\n[x]"]
+)  # fmt: skip
+def test_what_is_no_address_of_a_repository_is_refused(url):
+    with pytest.raises(LLMProdError, match=r"URL is .* such as https://github\.com/you/llmprod"):
+        notebooks.move(url)
+
+
+def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path, fork):
+    """A fresh environment without llmprod, an empty folder, one notebook of a fork alone, and the fork's address.
 
     The environment sees this one's other packages, so that only llmprod itself is installed.
     """
@@ -180,12 +260,12 @@ def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path):
     (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     folder = tmp_path / "empty"
     folder.mkdir()
-    (folder / "02_finetune.ipynb").write_bytes((paths.NOTEBOOKS / "02_finetune.ipynb").read_bytes())
+    (folder / "02_finetune.ipynb").write_bytes((fork[1] / "notebooks/02_finetune.ipynb").read_bytes())
     command = [python, "-m", "papermill", "02_finetune.ipynb", "out.ipynb", "--execution-timeout", "600"]
     for name, value in {"shots": 1, "epochs": 1, "max_length": 8}.items():
         command += ["-p", name, str(value)]
     shares = f"{fresh}/share/jupyter{os.pathsep}{sys.prefix}/share/jupyter"  # the fresh kernel, nbconvert's templates
-    environment = os.environ | {"LLMPROD_INSTALL": str(paths.ROOT), "JUPYTER_PATH": shares}
+    environment = os.environ | {"JUPYTER_PATH": shares}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / "llmprod/repository/notebooks/01_data.ipynb").exists(), "it was installed, with its notebooks"

@@ -1,10 +1,11 @@
-"""The generated parts of notebooks: badge and first cell."""
+"""The generated parts of notebooks: badge and first cell; and the repository's address that they show."""
 
+import re
 import subprocess
 
 import nbformat
 
-from llmprod import LLMProdError, paths
+from llmprod import LLMProdError, files, paths
 from llmprod.harness import pipeline
 
 
@@ -15,9 +16,37 @@ def repository() -> str:
     return tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
+ADDRESS = re.compile(r"https?://(?:127\.0\.0\.1:\d+|[\w-]+(?:\.[\w-]+)+)(?:/[\w.-]+){2,}", re.ASCII)
+NAMED = {"pyproject.toml": 'Repository = "{}"', "CITATION.cff": "repository-code: {}"}  # where the address is written
+
+
+def move(url: str) -> str:
+    """Writes another address of the repository, as of a fork, wherever it is named by hand; `pin` writes the rest.
+
+    Returns it. Raises LLMProdError for what is no address of a repository, or has a password in it.
+    """
+    url, old = url.strip().rstrip("/").removesuffix(".git"), repository()
+    if not ADDRESS.fullmatch(url):
+        raise LLMProdError(
+            f"URL is {url!r}; it is an address such as https://github.com/you/llmprod, without a password."
+        )
+    for name, line in NAMED.items():
+        file = paths.ROOT / name
+        text = file.read_text(encoding="utf-8")
+        if line.format(old) not in text:
+            raise LLMProdError(
+                f"{name} lacks the line {line.format(old)}: put it back, or write the new address there."
+            )
+        with files.atomic(file) as temporary:
+            temporary.write_text(text.replace(line.format(old), line.format(url)), encoding="utf-8")
+    return url
+
+
 def colab(notebook: str) -> str:
-    """The badge that opens a notebook in Colab."""
+    """The badge that opens a notebook in Colab; "" for a repository that is not on GitHub, where Colab finds none."""
     place = repository().removeprefix("https://github.com/")
+    if place == repository():
+        return ""
     link = f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{notebook}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
@@ -57,7 +86,7 @@ def pin() -> str:
         head = notebook.cells[0]
         title, _, rest = head.source.partition("\n\n")
         body = rest.partition("\n\n")[2] if rest.startswith("[![Open in Colab]") else rest
-        head.source = f"{title}\n\n{colab(name)}\n\n{body}"
+        head.source = "\n\n".join(part for part in (title, colab(name), body) if part)
         (cell,) = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
         cell.source = setup_cell(name, commit)
         nbformat.write(notebook, path)

@@ -100,11 +100,18 @@ def update(path: Path, language: str) -> str:
 GENERATED = {"README.md": "en", "README.zh.md": "zh", "docs/ARCHITECTURE.md": "en"}
 
 
+def generate() -> None:
+    """Writes the generated blocks of the READMEs and docs/ARCHITECTURE.md anew."""
+    for name, language in GENERATED.items():
+        (paths.ROOT / name).write_text(update(paths.ROOT / name, language), encoding="utf-8")
+
+
 def badges(language: str) -> str:
     """The badges at the head of the README."""
     url = repository()
     licence = f"[![Apache-2.0](https://img.shields.io/badge/licence-Apache--2.0-blue)]({url}/blob/main/LICENSE)"
-    return f"[![tests]({url}/actions/workflows/tests.yml/badge.svg)]({url}/actions/workflows/tests.yml) {licence}"
+    tests = f"[![tests]({url}/actions/workflows/tests.yml/badge.svg)]({url}/actions/workflows/tests.yml) "
+    return (tests if colab("") else "") + licence
 
 
 def notebook_table(language: str) -> str:
