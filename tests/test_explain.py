@@ -1,12 +1,14 @@
 """Attributions of a real model, and their faithfulness."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from llmprod import models
 from llmprod.evaluate import explain
 from llmprod.finetune import fewshot
+from llmprod.harness import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,16 @@ def test_counterfactuals_by_hand():
     edited, wanted = explain.counterfactuals(tokens, ranking, [0, 1], {0: ["oil"], 1: ["wheat", "corn", "rye"]})
     assert wanted == [1, 0] and edited[1] == ["oil"]
     assert edited[0] == [*"abcdefg", "rye", "corn", "wheat"], "the last three rank highest"
+
+
+@pytest.mark.parametrize("words", [["wheat", "harvest"], ["股", "市"], ["!", "?"]])
+def test_03_goes_on_where_all_explained_texts_get_one_class(predictor, capsys, words):
+    (cell,) = [code for code in pipeline.code_of(pipeline.read("03_evaluate")) if "explain.counterfactuals" in code]
+    given = {"predictions": np.ones(2, int), "chosen": np.array([1, 0]), "labels": predictor.labels, "seed": 0}
+    given |= {"tokens": [words] * 2, "attributions": [np.ones(2)] * 2, "predictor": predictor}
+    names = given | {"np": np, "pd": pd, "explain": explain, "display": lambda table: None}
+    exec(cell, names)
+    assert "Counterfactual edits can't be measured" in capsys.readouterr().out and names["followed"] == {}
 
 
 @pytest.mark.parametrize("strongest", [{0: ["oil"]}, {}])

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprod import LLMProdError, data, machine
+from llmprod.__main__ import main
 from llmprod.deploy import bundle
 from llmprod.deploy.registry import Registry
 from llmprod.evaluate import drift
@@ -146,6 +147,14 @@ for number in range(2000):
     store.add_answer(f"r{number}", "b", "text", "earn", 0.5)
     print(f"r{number}", flush=True)
 """
+
+
+def test_exported_answers_are_no_formulas(tmp_path, capsys):
+    place = str(tmp_path / "answers.sqlite")
+    with opened_store(place) as store:
+        answer(store, "r1", text="=1+1")
+    assert main(["feedback", "--store", place, "--export", "u1"]) == 0
+    assert ",'=1+1," in capsys.readouterr().out
 
 
 def test_a_killed_writer_loses_no_acknowledged_answer(tmp_path):

@@ -177,6 +177,19 @@ def test_a_changed_file_changes_the_fingerprints_that_depend_on_it(monkeypatch, 
     assert {name for name in after if after[name] != before[name]} == reruns
 
 
+@pytest.mark.parametrize(
+    ("notebook", "parameter"),
+    [("01_data", "test_file"), ("11_customer_service", "articles"), ("13_recommendation", "items_file")],
+)
+def test_a_changed_file_that_a_parameter_names_changes_the_fingerprint(tmp_path, notebook, parameter):
+    place = tmp_path if parameter == "articles" else tmp_path / "mine"
+    found = set()
+    for text in ("a", "b"):
+        (tmp_path / "mine").write_text(text)
+        found.add(fingerprints.fingerprint(notebook, pipeline.settings("cpu", {parameter: str(place)})))
+    assert len(found) == 2
+
+
 def executed(call: Callable[[], object]) -> set[tuple[str, int]]:
     """The functions of the package that a call runs, in any thread: module, and first line."""
     found: set[tuple[str, int]] = set()

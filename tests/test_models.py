@@ -488,6 +488,9 @@ def test_models_are_read_in_one_place():
     for path in sorted(paths.PACKAGE.rglob("*.py")):
         for kind in re.findall(r"([\w.]+)\.from_pretrained\(", path.read_text(encoding="utf-8")):
             assert kind in harmless or path.name == "models.py", f"{path.name}: {kind}"
+    for path in [*paths.NOTEBOOKS.glob("*.ipynb"), paths.PACKAGE / "evaluate" / "studies.py"]:
+        for call in re.findall(r"\.from_pretrained\(.*", path.read_text(encoding="utf-8")):
+            assert re.match(r"\.from_pretrained\((str\()?models\.model_folder\(", call), f"{path.name}: {call}"
 
 
 # Figures

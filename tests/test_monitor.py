@@ -579,6 +579,31 @@ def test_wandb_that_can_not_start_is_one_message(monkeypatch):
         channels.Wandb()
 
 
+@pytest.mark.parametrize(
+    ("variables", "mode", "seconds"),
+    [
+        ({}, "offline", 90.0),
+        ({"WANDB_API_KEY": "0" * 40}, "online", 15.0),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "offline"}, "offline", 90.0),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "disabled"}, "disabled", 90.0),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_DISABLED": "true"}, "disabled", 90.0),
+    ],
+)
+def test_the_users_word_on_wandb_decides_before_a_key(monkeypatch, variables, mode, seconds):
+    began = []
+    monkeypatch.setattr(wandb, "init", lambda **options: began.append(options))
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_INIT_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    channels.Wandb()
+    (options,) = began
+    settings = options["settings"]
+    assert (options["mode"], settings.init_timeout) == (mode, seconds)
+    assert settings.disable_git and settings.disable_code and settings.console == "off"
+    assert settings.x_disable_stats and settings.x_disable_meta
+
+
 def test_wandb_is_off_where_the_user_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_DISABLED", "true")
@@ -619,6 +644,40 @@ def test_a_webhook_that_never_ends_its_answer(answer):
     finally:
         server.ending.set()
         server.shutdown()
+
+
+def test_a_webhook_is_not_led_elsewhere(receiver, monkeypatch):
+    def elsewhere(handler):
+        handler.server.got.append(handler.path)
+        handler.send_response(307)
+        handler.send_header("Location", "/inside")
+        handler.end_headers()
+
+    monkeypatch.setattr(Receiver, "do_POST", elsewhere)
+    with pytest.raises(NewsError, match="it answered 307"):
+        channels.Webhook(receiver.url, tries=1, wait=0).send(ALERT)
+    assert receiver.got == ["/hook?token=hidden"]
+
+
+def test_a_slow_channel_does_not_keep_the_sources_waiting(tmp_path):
+    """What it could not be told in its time it is told after the next step."""
+    sent = []
+
+    class Slow:
+        name = "slow"
+
+        def send(self, alert):
+            sent.append(alert["id"])
+            time.sleep(0.2)
+
+    watching = watch(tmp_path, [Slow()])
+    for name in "abc":
+        watching.journal.add_alert(name, START, {"key": "topic: earn", "documents": []})
+    for many in (1, 2):
+        watching.deliver(budget=0.1)
+        assert len(sent) == many
+    watching.deliver()
+    assert sent == ["a", "b", "c"]
 
 
 def test_webhooks_have_names_of_their_own_without_secrets():
@@ -674,6 +733,14 @@ def test_numbers_that_can_not_be_used(tmp_path, options):
         MonitorConfig(sentiment.PlattScaling(-3.0, 0.0, 0.5), (-0.1, 0.1), 10.0, every=5).for_rate(math.inf)
     with pytest.raises(NewsError, match="is not a source"):
         sources.open_source("")
+
+
+def test_exported_texts_are_no_formulas(tmp_path):
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        journal.add_alert("a", START, {"key": "topic: earn", "documents": [{"text": "=1+1"}]})
+    to = ("--export", str(tmp_path / "judged.csv"), "--journal", str(tmp_path / "journal.sqlite"))
+    assert main(["alerts", "--right", "a", *to]) == 0
+    assert pd.read_csv(tmp_path / "judged.csv")["text"].tolist() == ["'=1+1"]
 
 
 def test_losses_are_counted_and_said(tmp_path, capsys):

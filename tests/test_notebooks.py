@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 import nbformat
+import pandas as pd
 import pytest
 
 from llmprod import LLMProdError, paths
@@ -84,6 +85,29 @@ def test_first_cell_is_generated_and_its_commit_holds_this_module(name):
     assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, "unknown commit; run make pin"
     changed = git("diff", "--name-only", commit, "HEAD", "--", "llmprod").stdout.split()
     assert not changed, f"the module has changed since ({', '.join(changed)}); run make pin and commit"
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "reason"),
+    [
+        ([f"word{k} and" for k in range(10)], [f"class {k}" for k in range(10)], "fewer than two classes have five"),
+        ([f"word{k}" for k in range(12)], ["a", "b"] * 6, "no terms remain"),
+    ],
+)
+def test_01_goes_on_where_label_errors_cannot_be_measured(texts, labels, reason, capsys):
+    """Where each class has one training text, and where no two texts share a word."""
+    codes = pipeline.code_of(pipeline.read("01_data"))
+    names = {"table": pd.DataFrame({"text": texts, "label": labels, "split": "train"}), "seed": 0}
+    names |= {"planted_errors": 0.2, "display": lambda table: None}
+    for line in next(code for code in codes if "import numpy" in code).splitlines():
+        if line.startswith(("import ", "from ")):
+            exec(line, names)
+    for code in codes:
+        if "find_doubtful(" in code:
+            exec(code, names)
+    said = capsys.readouterr().out
+    assert "Label errors can't be measured here" in said and reason in said
+    assert "nothing to measure" in said and names["recovery"] == {}
 
 
 # The executed smoke copies

@@ -25,6 +25,7 @@ from llmprod import LLMProdError
 from llmprod.news_monitoring import channels, fetch, sources
 from llmprod.news_monitoring.documents import (
     DAY,
+    HEAD,
     HOUR,
     LIMIT,
     Document,
@@ -271,6 +272,15 @@ def test_feed_that_nobody_serves(server):
     server.server_close()
     documents, cursor = feed(server, "/").poll({})
     assert documents == [] and "can't be reached" in cursor["error"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into another process")
+def test_what_reads_feeds_may_not_fill_the_memory(server):
+    import resource
+
+    server.pages["/"] = page(rss("One"))
+    assert len(feed(server, "/").poll({})[0]) == 1
+    assert resource.prlimit(fetch.HELPER.process.pid, resource.RLIMIT_AS) == (fetch.MEMORY, fetch.MEMORY)
 
 
 def test_feed_follows_a_redirect_without_reading_its_body(server):
@@ -678,6 +688,13 @@ def test_what_was_there_at_first_is_behind_until_it_is_read(tmp_path):
         with path.open("ab") as file:  # what comes later is no backlog, however much it is
             file.write(b'"\n' + b"".join(line(f"{len(seen)} {n}") for n in range(20)))
     assert seen == [True, True, False]
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_document(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line("of a line"))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfof a file")
+    documents, cursor = Tail(tmp_path).poll({})
+    assert [d.text for d in documents] == ["of a line", "of a file"] and cursor["bad"] == 0
 
 
 def test_a_poll_reads_a_part_of_many_large_lines(tmp_path):
@@ -1138,6 +1155,13 @@ def test_repeats_and_near_repeats_are_dropped(journal):
     assert take(journal, doc("j", "Short"), doc("k", STORY, time=1.6e9 + 2 * DAY)) == []
     assert take(journal, doc("k", STORY, time=1.6e9 + 4 * DAY)) == ["k"], "three days are over"
     assert take(journal, doc("a", "an id is known for ever")) == []
+
+
+def test_of_a_long_text_the_head_is_compared(journal):
+    """Normalising takes the square of a run of marks, and a text may have a million of them."""
+    tails = ("e" + "\u0301" * 200_000, " ".join(f"other{n}" for n in range(20_000)))
+    head = (STORY + " ") * (HEAD // len(STORY) + 1)
+    assert take(journal, *(doc(str(n), head + tail) for n, tail in enumerate(tails))) == ["0"]
 
 
 def test_signatures_go_with_what_was_watched(journal):

@@ -153,6 +153,14 @@ def test_odd_csv_is_read(tmp_path, content, kept):
     assert frame[["text", "label"]].to_numpy().tolist() == [kept]
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl"])
+def test_the_mark_of_utf_8_is_no_part_of_a_row(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    write_rows(path, ROWS)
+    frame = formats.read(written(path, b"\xef\xbb\xbf" + path.read_bytes()))
+    assert [list(frame.columns), *frame.to_numpy().tolist()] == ROWS
+
+
 MULTI_LINE = [
     ("text,id", ["Dear Sir,\nit is 1,250\nor so", "7"], "fine,8"),  # each line has its comma, but no id after the first
     ("text,id", ["milk, 2\neggs, 12\nbread", "7"], "fine,8"),  # of another form than the ids
@@ -300,6 +308,17 @@ def test_whole_numbers_stay_whole_where_some_are_missing(tmp_path):
         path = written(tmp_path / name, content) if name == "c.jsonl" else tmp_path / name
         found = tables.texts(formats.read(path)["id"], name)
         assert [found[0], found[2]] == ["7", last] and pd.isna(found[1])
+
+
+def test_a_number_of_any_length_stands_in_a_column_that_nobody_reads(tmp_path):
+    path = written(tmp_path / "a.jsonl", f'{{"text": "x", "n": {10**24}}}\n{{"text": "y", "n": 1}}\n')
+    assert formats.read(path)["text"].tolist() == ["x", "y"]
+
+
+@pytest.mark.parametrize("kind", ["str", object])
+def test_white_space_at_the_ends_is_no_part_of_a_text(kind):
+    found = tables.texts(pd.Series([" 07", "07\t", "\u00a007", " "], dtype=kind), "d.csv, column user")
+    assert found[:3].tolist() == ["07"] * 3 and pd.isna(found[3])
 
 
 @pytest.mark.parametrize("value", [["a"], {"a": 1}, b"a", np.array(["a"]), ("a",)])

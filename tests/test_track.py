@@ -309,6 +309,42 @@ def test_table_takes_numpy_values(tmp_path, monkeypatch):
     run.finish({}, {})
 
 
+@pytest.fixture
+def begun(monkeypatch):
+    """What W&B was begun with, in place of a run of it."""
+    import wandb
+
+    seen = []
+    monkeypatch.setattr(wandb, "init", lambda **options: seen.append(options) or track.Silent())
+    return seen
+
+
+def test_wandb_is_told_to_collect_nothing(monkeypatch, own_wandb, begun, tmp_path):
+    monkeypatch.setenv("LLMPROD_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("TRACKING", "on")
+    for key in ("", KEY):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        track.start("01_data", {"seed": 0}).finish({}, {})
+    assert [options["mode"] for options in begun] == ["offline", "online"]
+    for settings in (options["settings"] for options in begun):
+        assert settings.disable_git and settings.disable_code and settings.console == "off"
+        assert settings.x_disable_stats and settings.x_disable_meta
+
+
+def test_a_figure_draws_labels_as_they_are(monkeypatch, tmp_path):
+    """With two dollars, which mathematics would take for a formula that is wrong, and in the fonts that have them."""
+    drawn = []
+    monkeypatch.setattr(track.machine, "drawable", drawn.append)
+    monkeypatch.setenv("LLMPROD_RUN", str(tmp_path))
+    with plt.rc_context(), pd.option_context("styler.format.escape", None):
+        run = track.start("01_data", {"seed": 0})
+        figure, axes = plt.subplots()
+        axes.set_yticks([0], ["$5_$9"])
+        run.figure("classes", figure)
+    plt.close(figure)
+    assert drawn == [figure] and (tmp_path / "figures/01_data-classes.png").exists()
+
+
 def test_logarithmic_axes_show_numbers_not_formulas(tmp_path):
     """The style takes a dollar in a label for a dollar, and matplotlib writes powers of ten as formulas."""
     with plt.rc_context(), pd.option_context("styler.format.escape", None):
