@@ -735,6 +735,15 @@ def test_numbers_that_can_not_be_used(tmp_path, options):
         sources.open_source("")
 
 
+def test_the_texts_of_so_many_documents_are_kept(tmp_path):
+    write(tmp_path / "in.jsonl", news(100))
+    watching = watch(tmp_path)
+    watching.keep = 10
+    monitor.run(watching, [sources.Tail(tmp_path / "in.jsonl", batch=30)], once=True)
+    assert len(watching.journal.recent()) == 10 and watching.journal.late() == 0
+    assert watching.journal.db.execute("SELECT count(*) FROM documents").fetchone() == (100,)
+
+
 def test_exported_texts_are_no_formulas(tmp_path):
     with Journal(tmp_path / "journal.sqlite") as journal:
         journal.add_alert("a", START, {"key": "topic: earn", "documents": [{"text": "=1+1"}]})

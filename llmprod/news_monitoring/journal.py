@@ -264,12 +264,11 @@ class Journal:
         db.execute(f"DELETE FROM signatures WHERE time < ? OR rowid <= {newest} - ?", (watermark - horizon, SIGNATURES))
         last = (db.execute("SELECT max(rowid) FROM documents").fetchone()[0] or 0) - keep
         if last > (first := self.state("forgotten", 0)):
-            db.execute(
-                "UPDATE documents SET text = '', title = '', link = '', scores = '{}' "
-                "WHERE rowid > ? AND rowid <= ? AND fed IN (1, 2)",
-                (first, last),
-            )
-            self.set_state("forgotten", last)
+            part, rows = {"first": first, "last": last}, "rowid > :first AND rowid <= :last AND fed IN"
+            clear = f"text = '', title = '', link = '', scores = '{{}}' WHERE {rows} (1, 2) AND text <> ''"
+            db.execute(f"UPDATE documents SET {clear}", part)
+            waits = f"SELECT ifnull(min(rowid) - 1, :last) FROM documents WHERE {rows} (0, {UNDATED})"
+            self.set_state("forgotten", db.execute(waits, part).fetchone()[0])  # next time from the first that waits
 
     def document(self, name: str) -> dict:
         """A document by its id: its fields and scores in one dict."""
