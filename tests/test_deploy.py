@@ -9,6 +9,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -19,7 +20,7 @@ from starlette.testclient import TestClient
 
 from llmprod import LLMProdError, artifacts, files, models
 from llmprod.__main__ import main
-from llmprod.deploy import batching, bundle, guard, load, messages, service
+from llmprod.deploy import batching, bundle, guard, load, messages, page, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
 from llmprod.feedback.store import Store
@@ -605,6 +606,15 @@ def test_a_store_that_fails_fails_no_answer(made):
 
 
 # The page, in a real browser
+
+
+def test_the_page_shows_labels_as_texts():
+    """One that is Markdown would load its image from elsewhere."""
+    label = "![x](http://example.org/x.png)"
+    batcher = SimpleNamespace(bundle=SimpleNamespace(labels=["a", label]))
+    shown = page.build(SimpleNamespace(batcher=batcher, limits=guard.Limits(), store=None)).config["components"]
+    kinds = {part["type"] for part in shown if label in str(part["props"].get("value"))}
+    assert kinds == {"textbox"}
 
 
 def test_a_visitor_asks_and_corrects(running, registry, tmp_path):

@@ -16,7 +16,7 @@ with extra("serve"):
     from fastapi import FastAPI
 
 LONGEST = 200  # words that are shown with their weight
-FONT = ["system-ui", "sans-serif"]  # the default would be fetched from elsewhere
+THEME = gr.themes.Base(font=["system-ui", "sans-serif"])  # the default would be fetched from elsewhere
 HINT = "red words speak for the answer, blue ones against it: how much its probability falls without the word"
 
 
@@ -34,9 +34,7 @@ def occlusion(bundle: Bundle, text: str) -> list[tuple[str, float]]:
 
 def mount(app: FastAPI) -> FastAPI:
     """The application with the page at `/`."""
-    return gr.mount_gradio_app(
-        app, build(app.state.service), path="/", footer_links=[], theme=gr.themes.Base(font=FONT)
-    )
+    return gr.mount_gradio_app(app, build(app.state.service), path="/", footer_links=[], theme=THEME)
 
 
 def build(service: Service) -> gr.Blocks:
@@ -61,7 +59,8 @@ def build(service: Service) -> gr.Blocks:
         return "Thank you: kept." if verdict != "corrected" else f"Thank you: kept as {label}."
 
     with gr.Blocks(title="llmprod", analytics_enabled=False) as page:
-        gr.Markdown(f"# What is it about?\nThe classes: {', '.join(service.batcher.bundle.labels)}.")
+        gr.Markdown("# What is it about?")
+        gr.Textbox(", ".join(service.batcher.bundle.labels), label="The classes", interactive=False)  # no Markdown
         identity = gr.State("")
         text = gr.Textbox(label="Text", lines=4, max_length=service.limits.characters, elem_id="text")
         gr.Button("Classify", variant="primary", elem_id="classify").click(
