@@ -29,7 +29,7 @@ READY        := $(call escaped,$(VENV)/.llmprod-ready)
 LLMPROD      := "$$BIN/python" -m llmprod
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin address sync clean
+.PHONY: help setup reproduce plan test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin address sync clean
 
 help:  ## explain the targets
 	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
@@ -53,6 +53,9 @@ $(READY): pyproject.toml constraints.txt | $(PYTHON_THERE)
 
 reproduce: $(READY)  ## run all notebooks (or NOTEBOOK and those it needs), write the report, print the verdict
 	$(LLMPROD) reproduce --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
+
+plan: $(READY)  ## say what `make reproduce` would run and fetch, and whether the machine has room for it; run nothing
+	$(LLMPROD) plan --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
 
 test: $(READY)  ## run all tests
 	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder

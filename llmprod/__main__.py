@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     command("artifacts", list_artifacts, text).add_argument("fetch", nargs="*")
     command("run", run, "run one notebook with those that it needs, or all", profile, notebook)
     command("reproduce", lambda o: run(o) or verify(o), "run all, write report, print verdict", profile, notebook)
+    text = "say what `reproduce` would run and fetch, and whether disk, memory and GPU do; run and fetch nothing"
+    command("plan", show_plan, text, profile, notebook)
     judge = command("verify", verify, "print the verdict on a run, or on somebody else's from its crate", profile)
     judge.add_argument("crate", nargs="?", help="what `crate` packed")
     pack = command("crate", pack_run, "pack a run as an RO-Crate, to be cited and verified", profile, notebook)
@@ -118,6 +120,19 @@ def run(options: argparse.Namespace) -> int:
     report.build(folder)
     print(f"report: {runner.shown(folder / 'index.html')}")
     return 0
+
+
+def show_plan(options: argparse.Namespace) -> int:
+    from llmprod.harness import pipeline, plan, results
+
+    names, parameters, folder = chosen(options)
+    injected = pipeline.settings(options.profile, parameters)
+    table, found = plan.notebooks(names, injected, options.profile, folder), plan.inputs(names, injected)
+    has, lacks = plan.machine(options.profile, table, found, folder)
+    for part in (table, found.assign(present=found["present"].map({True: "yes", False: "no"})).round({"MB": 1})):
+        print(results.markdown(part), end="\n\n")
+    print(*has, *(f"LACKS {what}" for what in lacks), sep="\n")
+    return int(bool(lacks))
 
 
 def verify(options: argparse.Namespace) -> int:

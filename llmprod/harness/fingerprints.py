@@ -182,11 +182,20 @@ def modules_of(tree: ast.AST) -> dict[str, ast.Module]:
 
 
 def reached(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """What code reaches in our modules: module, and fingerprint of a statement or of a data file that one names.
+    """What code reaches in our modules: module, and fingerprint of a statement or of a data file that one names."""
+    found, renamed = statements(tree)
+    yield from renamed
+    for module, used in found.items():
+        yield from ((module, of_tree(statement)) for statement in used)
+        yield from ((module, " ".join(file)) for file in data_files(module, used).items())
+
+
+def statements(tree: ast.Module) -> tuple[dict[str, set[ast.stmt]], set[tuple[str, str]]]:
+    """The statements of our modules that code reaches, by module; and which names stand for another, by module.
 
     Also what any module that comes to be imported does by being imported. Of an import counts what is used of it.
     """
-    modules, found = modules_of(tree), {}
+    modules, found, renamed = modules_of(tree), {}, set()
     waiting = [("", statement) for statement in tree.body]
     waiting += [(name, s) for name, module in modules.items() for s in module.body if has_effect(s)]
     while waiting:
@@ -198,10 +207,9 @@ def reached(tree: ast.Module) -> Iterator[tuple[str, str]]:
             used = binders(modules[module])[name] if name else modules[module].body
             waiting += [(module, s) for s in used if not isinstance(s, IMPORTS)]
             if name in top_aliases(modules[module]):
-                yield module, f"{name} is {top_aliases(modules[module])[name]}"
-    for module in set(found) - {""}:
-        yield from ((module, of_tree(statement)) for statement in found[module])
-        yield from ((module, " ".join(file)) for file in data_files(module, found[module]).items())
+                renamed.add((module, f"{name} is {top_aliases(modules[module])[name]}"))
+    found.pop("", None)  # of code without a statement
+    return found, renamed
 
 
 def named(
