@@ -113,9 +113,10 @@ def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, object], P
 
 
 def run(options: argparse.Namespace) -> int:
-    from llmprod.harness import report, runner
+    from llmprod.harness import pipeline, report, runner
 
     notebooks, parameters, folder = chosen(options)
+    pipeline.get_models(options.profile, parameters)
     runner.run(notebooks, options.profile, parameters, folder)
     report.build(folder)
     print(f"report: {runner.shown(folder / 'index.html')}")
@@ -136,11 +137,11 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from llmprod.harness import crate, results
+    from llmprod.harness import crate, pipeline, results
 
     if not getattr(options, "crate", None):
         notebooks, parameters, folder = chosen(options)
-        return judged(folder, notebooks, parameters)
+        return judged(folder, notebooks, dict([*pipeline.replaced(options.profile, parameters)]) | parameters)
     with crate.opened(Path(options.crate)) as folder:
         found = results.results(folder)
         set_there = {name: value for one in found.values() for name, value in one["provenance"]["parameters"].items()}

@@ -100,6 +100,7 @@ def test_registry_is_complete():
         assert (
             item["licence"] and item["citation"] and item["about"] and item["kind"] in ("model", "generator", "data")
         ), name
+        assert artifacts.registry().get(item.get("instead", name), {}).get("kind") == item["kind"], name
         assert all(len(file["sha256"]) == 64 for file in item["files"].values()), name
         assert not [f for f in item["files"] if f.endswith((".bin", ".pt", ".pkl", ".ckpt"))], (
             f"{name}: pickled weights"

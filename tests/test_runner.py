@@ -14,8 +14,9 @@ import pytest
 from filelock import FileLock
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
 
-from llmprod import LLMProdError, artifacts, files, paths
+from llmprod import LLMProdError, artifacts, files, models, paths
 from llmprod.__main__ import main
 from llmprod.harness import pipeline, report, results, runner
 
@@ -537,6 +538,52 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert json.loads(result.read_text())["metrics"]["accuracy"]["n"] == 24
     table = results.verify(result.parents[1]).query("notebook == '03_evaluate'")
     assert (table["verdict"] == results.NOT_COMPARABLE).all() and table["reason"].str.contains("dataset: ").all()
+
+
+def test_the_gpu_profile_runs_with_a_shrunken_model(tmp_path):
+    """Its own parameters, on few real texts with a BERT of one layer: no name is first tried on somebody's GPU."""
+    minilm = models.model_folder("minilm")
+    shrunken = BertConfig.from_pretrained(minilm, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    shrunken.intermediate_size = 64
+    BertModel(shrunken).save_pretrained(tmp_path / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (minilm / name).exists():
+            shutil.copy(minilm / name, tmp_path / "bert")
+    parameters = (
+        f"model={tmp_path}/bert frozen_model={tmp_path}/bert train_rows=240 test_rows=120 epochs=1 resamples=20"
+    )
+    parameters += " latency_texts=2 foreign_texts=20 robust_texts=10 explained_texts=2"
+    command = ("reproduce", "--profile", "gpu", "--notebook", "03_evaluate", "--params", parameters)
+    done = llmprod(*command, LLMPROD_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tmp_path / "home/runs").rglob("02_finetune.json")
+    own = pipeline.profile("gpu")["02_finetune"]
+    protocol = json.loads(result.read_text())["protocol"]
+    kept = {name: value for name, value in own.items() if name not in ("model", "epochs")}
+    assert kept and kept == {name: protocol[name] for name in kept}
+
+
+def test_a_model_that_can_not_be_had_has_a_stand_in(monkeypatch, capsys, empty_cache):
+    """BERT is on the hub alone; where that is not reached the model of its size in the package index is taken."""
+    gpu = pipeline.settings("gpu", {})
+    assert gpu["02_finetune"]["model"] == gpu["03_evaluate"]["frozen_model"] == "mpnet-base"
+    assert gpu["02_finetune"]["learning_rate"] == 1e-4 and "model" not in gpu["06_feedback"]
+    assert pipeline.settings("gpu", {"model": "minilm"})["02_finetune"]["model"] == "minilm", "as the run says"
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        raise artifacts.ArtifactError("No source gave it.")
+
+    monkeypatch.setattr(artifacts, "fetch", fetch)
+    pipeline.get_models("gpu", {})
+    assert asked == ["bert-base-uncased"]
+    assert "mpnet-base takes the place of bert-base-uncased" in capsys.readouterr().out
+    pipeline.get_models("gpu", {"model": "minilm", "frozen_model": "minilm"})
+    pipeline.get_models("cpu", {})
+    assert asked == ["bert-base-uncased"], "what is not needed is not asked for"
+    monkeypatch.setattr(artifacts, "is_present", lambda name: True)
+    assert pipeline.settings("gpu", {})["02_finetune"]["model"] == "bert-base-uncased"
 
 
 def test_where_only_one_class_has_five_texts_01_says_that_label_errors_cannot_be_measured(tmp_path):

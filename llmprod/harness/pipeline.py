@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from llmprod import LLMProdError, paths
+from llmprod import LLMProdError, artifacts, paths
 from llmprod.tables import shown
 
 
@@ -187,12 +187,36 @@ def source_hash(notebook: str) -> str:
 
 
 def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, dict]:
-    """The values to inject into each notebook: the profile's overrides, then those parameters that it declares."""
-    overrides = profile(profile_name)
+    """The values to inject into each notebook: the profile's overrides, then those parameters that it declares.
+
+    Of the overrides, a model that is not there may have a stand-in (`replaced`).
+    """
+    overrides, others = profile(profile_name), replaced(profile_name, parameters)
     return {
-        notebook: overrides.get(notebook, {}) | {k: v for k, v in parameters.items() if k in declared(notebook)}
+        notebook: {k: others.get((k, v), v) for k, v in overrides.get(notebook, {}).items()}
+        | {k: v for k, v in parameters.items() if k in declared(notebook)}
         for notebook in pipeline()
     }
+
+
+def replaced(profile_name: str, parameters: Mapping[str, object]) -> dict[tuple[str, object], str]:
+    """The models of a profile that are not in the cache and have another in their place (`instead` in artifacts.yaml).
+
+    By the name of the parameter and the model; not where a run sets that parameter itself.
+    """
+    pairs = {pair for values in profile(profile_name).values() for pair in values.items() if pair[0] not in parameters}
+    models = {pair: pair[1] for pair in pairs if pair[1] in artifacts.registry()}
+    others = {pair: artifacts.entry(name).get("instead") for pair, name in models.items()}
+    return {pair: other for pair, other in others.items() if other and not artifacts.is_present(models[pair])}
+
+
+def get_models(profile_name: str, parameters: Mapping[str, object]) -> None:
+    """Fetches the models of `replaced`, and says of those that can't be had what takes their place."""
+    for name, other in sorted({(pair[1], other) for pair, other in replaced(profile_name, parameters).items()}):
+        try:
+            artifacts.fetch(name)
+        except artifacts.ArtifactError as error:
+            print(f"{error}\n{other} takes the place of {name}; the results are NOT COMPARABLE with its.", flush=True)
 
 
 def with_upstream(notebook: str) -> list[str]:
