@@ -289,7 +289,8 @@ def test_colab_cell_installs_what_is_missing_and_nothing_else(tmp_path, fork):
     for name, value in {"shots": 1, "epochs": 1, "max_length": 8}.items():
         command += ["-p", name, str(value)]
     shares = f"{fresh}/share/jupyter{os.pathsep}{sys.prefix}/share/jupyter"  # the fresh kernel, nbconvert's templates
-    environment = os.environ | {"JUPYTER_PATH": shares}
+    unproxied = f"127.0.0.1,{os.environ.get('no_proxy', '')}"
+    environment = os.environ | {"JUPYTER_PATH": shares, "no_proxy": unproxied}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / "llmprod/repository/notebooks/01_data.ipynb").exists(), "it was installed, with its notebooks"
