@@ -70,6 +70,17 @@ def test_parameters_are_plain_and_used(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [("11_customer_service", ("questions", "articles", "dialogues")), ("12_financial_sentiment", ("ratings",)),
+     ("13_recommendation", ("interactions", "items_file", "facts_file"))],
+)  # fmt: skip
+def test_a_result_is_of_all_the_files_that_it_was_made_from(name, inputs):
+    (code,) = [code for code in pipeline.code_of(committed(name)) if "results.record(" in code]
+    checksums = code.partition("checksums=")[2]
+    assert [name for name in inputs if not re.search(rf"\b{name}\b", checksums)] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_first_cell_is_generated_and_its_commit_holds_this_module(name):
     """Colab installs the pinned commit: it must be in the history, with today's committed module."""
