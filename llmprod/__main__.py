@@ -128,7 +128,8 @@ def show_plan(options: argparse.Namespace) -> int:
 
     names, parameters, folder = chosen(options)
     injected = pipeline.settings(options.profile, parameters)
-    table, found = plan.notebooks(names, injected, options.profile, folder), plan.inputs(names, injected)
+    tried = {model: other for (_, model), other in pipeline.replaced(options.profile, parameters).items()}
+    table, found = plan.notebooks(names, injected, options.profile, folder), plan.inputs(names, injected, tried)
     has, lacks = plan.machine(options.profile, table, found, folder)
     for part in (table, found.assign(present=found["present"].map({True: "yes", False: "no"})).round({"MB": 1})):
         print(results.markdown(part), end="\n\n")

@@ -21,7 +21,17 @@ def test_it_names_what_parameters_and_code_name():
     assert "reuters-r8" in here - elsewhere and "banking77" in elsewhere - here
     assert {"business-headlines", "news-articles", "sp500"} <= names("14_news_monitoring"), "its code reaches them"
     assert "financial-phrasebank" not in names("12_financial_sentiment"), "it is only compared with"
-    assert "bert-base-uncased" in names("02_finetune", "gpu") - names("02_finetune")
+
+
+def test_a_model_that_may_have_a_stand_in_is_tried_first(capsys, monkeypatch, empty_cache):
+    assert names("02_finetune", "gpu") - names("02_finetune") == {"mpnet-base"}
+    main(["plan", "--profile", "gpu", "--notebook", "02_finetune"])
+    said = capsys.readouterr().out
+    assert re.search(r"\| bert-base-uncased \| 441\S* +\| hub +\| no +\| tried before mpnet-base", said)
+    monkeypatch.setattr(artifacts, "is_present", lambda name: True)
+    assert names("02_finetune", "gpu") - names("02_finetune") == {"bert-base-uncased"}
+    main(["plan", "--profile", "gpu", "--notebook", "02_finetune"])
+    assert "tried before" not in capsys.readouterr().out
 
 
 def test_the_plan_of_everything_names_all_that_the_run_fetches(capsys, empty_cache):

@@ -33,9 +33,12 @@ def notebooks(names: list[str], injected: Mapping[str, dict], profile: str, fold
     return pd.DataFrame(rows)
 
 
-def inputs(names: list[str], injected: Mapping[str, dict]) -> pd.DataFrame:
-    """The artifacts that the notebooks' parameters or the code that they reach name: size, source, present or not."""
-    users: dict[str, list[str]] = {}
+def inputs(names: list[str], injected: Mapping[str, dict], tried: Mapping[str, str]) -> pd.DataFrame:
+    """The artifacts that the notebooks' parameters or the code that they reach name: size, source, present or not.
+
+    Also the models that are tried before their stand-ins: `tried`, from the one to the other.
+    """
+    users = {model: [f"tried before {other}"] for model, other in tried.items()}
     for notebook in names:
         for artifact in sorted(named(notebook, injected[notebook])):
             users.setdefault(artifact, []).append(notebook.partition("_")[0])
