@@ -441,7 +441,7 @@ def test_examples_decide_the_verdict_of_a_run(monkeypatch, tmp_path, seeds, text
         judged()
 
 
-EXAMPLES = ["02_finetune", "03_evaluate"]  # the notebooks whose accuracies are compared text by text
+EXAMPLES = ["02_finetune", "03_evaluate", "04_optimize", "11_customer_service"]  # accuracies compared text by text
 
 
 def test_the_references_predictions_give_its_scores():
