@@ -142,7 +142,8 @@ def verify(options: argparse.Namespace) -> int:
 
     if not getattr(options, "crate", None):
         notebooks, parameters, folder = chosen(options)
-        return judged(folder, notebooks, dict([*pipeline.replaced(options.profile, parameters)]) | parameters)
+        replaced = {name: other for (name, _), other in pipeline.replaced(options.profile, parameters).items()}
+        return judged(folder, notebooks, replaced | parameters)
     with crate.opened(Path(options.crate)) as folder:
         found = results.results(folder)
         set_there = {name: value for one in found.values() for name, value in one["provenance"]["parameters"].items()}

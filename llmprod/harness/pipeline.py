@@ -205,9 +205,8 @@ def replaced(profile_name: str, parameters: Mapping[str, object]) -> dict[tuple[
     By the name of the parameter and the model; not where a run sets that parameter itself.
     """
     pairs = {pair for values in profile(profile_name).values() for pair in values.items() if pair[0] not in parameters}
-    models = {pair: pair[1] for pair in pairs if pair[1] in artifacts.registry()}
-    others = {pair: artifacts.entry(name).get("instead") for pair, name in models.items()}
-    return {pair: other for pair, other in others.items() if other and not artifacts.is_present(models[pair])}
+    known = {pair: artifacts.entry(pair[1]).get("instead") for pair in pairs if pair[1] in artifacts.registry()}
+    return {pair: other for pair, other in known.items() if other and not artifacts.is_present(pair[1])}
 
 
 def get_models(profile_name: str, parameters: Mapping[str, object]) -> None:

@@ -58,16 +58,17 @@ def inputs(names: list[str], injected: Mapping[str, dict], tried: Mapping[str, s
 def named(notebook: str, injected: Mapping[str, object]) -> set[str]:
     """The registered artifacts that a notebook's parameters or the code that it reaches name, but to compare with."""
     values = [value for value in (pipeline.declared(notebook) | injected).values() if isinstance(value, str)]
-    tree = fingerprints.syntax_tree("\n".join(code for code in codes(notebook)))
+    tree = fingerprints.syntax_tree(code_of(notebook))
     statements = [*tree.body, *(s for used in fingerprints.statements(tree)[0].values() for s in used)]
     return {*values, *(text for statement in statements for text in texts(statement))} & set(artifacts.registry())
 
 
-def codes(notebook: str) -> Iterator[str]:
-    """The code cells of a notebook other than that of its parameters, without magics."""
-    for cell in pipeline.read(notebook)["cells"]:
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
-            yield "\n".join(line for line in "".join(cell["source"]).splitlines() if not line.startswith("%"))
+def code_of(notebook: str) -> str:
+    """The code of a notebook without magics, and without the defaults of its parameters, which a run may replace."""
+    cells = pipeline.read(notebook)["cells"]
+    kept = [cell for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
+    lines = "\n".join(pipeline.code_of({"cells": kept})).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("%"))
 
 
 def texts(node: ast.AST) -> Iterator[str]:
