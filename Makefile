@@ -81,7 +81,7 @@ crate: $(READY)  ## pack the last run as an RO-Crate (CRATE, or runs/crates/PROF
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile="$$PROFILE"
 
-bench: $(READY)  ## run BENCH: training, serving, monitor, recommendation, support or peers (speed beside other libraries), or verdict
+bench: $(READY)  ## run BENCH: training, serving, load, monitor, recommendation, support, peers, continual or verdict
 	"$$BIN/python" -m "benchmarks.$$BENCH"
 
 fuzz: $(READY)  ## try the tests that vary their inputs on 2,000 each, where `make test` takes 200

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -60,14 +60,13 @@ def exchange(url: str, registry: Registry, other: str, seconds: float) -> None:
         httpx2.post(f"{url}/reload", timeout=60).raise_for_status()
 
 
-def measure(folder: Path, texts: Path, clients: int, seconds: float) -> list[dict]:
-    """One row for each service and number of clients, and one with an exchange."""
+def measure(folder: Path, texts: Path, plan: Sequence[tuple[str, int]], seconds: float) -> list[dict]:
+    """One row for each service and number of clients."""
     from llmprod.deploy.guard import Limits
 
     registry, rows = Registry(folder), []
     current = registry.state()["current"]
     other = next(path.name for path in folder.iterdir() if path.is_dir() and path.name != current)
-    plan = [(PEER, 1), (PEER, clients), (OURS, 1), (OURS, clients), (EXCHANGE, clients)]
     for name, count in tqdm(plan, desc="load tests"):
         with served(folder, 1 if name == PEER else Limits().tokens) as url:
             asking = load.start(url, texts, count, seconds)
@@ -119,7 +118,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         texts = Path(temporary) / "texts.json"
         texts.write_text(json.dumps(list(splits["validation"]["text"])[:500]), encoding="utf-8")
-        rows = measure(run / "work" / "05_deploy" / "served", texts, options.clients, options.seconds)
+        plan = [(PEER, 1), (PEER, options.clients), (OURS, 1), (OURS, options.clients), (EXCHANGE, options.clients)]
+        rows = measure(run / "work" / "05_deploy" / "served", texts, plan, options.seconds)
     rows = ratios(rows)
     print(results.markdown(pd.DataFrame(rows).round(2)))
     record("load", rows, seconds=options.seconds)

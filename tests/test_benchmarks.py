@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import serving, verdict
+from benchmarks import load, serving, verdict
 from llmprod import paths
 from llmprod.harness import report
 
@@ -62,3 +62,11 @@ def test_rates_of_the_verdict_on_bags_of_words():
     assert rows[verdict.SPLIT]["a known seed"] == "1 of 1" and rows[verdict.SPLIT]["another seed"] == "0 of 1"
     assert rows[verdict.NOTHING]["another seed"] == "0 of 2" and rows[verdict.NOTHING]["a known seed"] == ""
     assert rows[verdict.THREADS]["a known seed, another machine"] == "0 of 1" and verdict.BF16 not in rows
+
+
+def test_load_is_beside_the_peer_with_as_many_clients_and_beside_one_client():
+    rows = [(load.PEER, 1, 10.0, 100.0), (load.PEER, 64, 20.0, 900.0), (load.OURS, 1, 11.0, 90.0)]
+    rows += [(load.OURS, 64, 60.0, 450.0), (load.EXCHANGE, 64, 50.0, 540.0)]
+    found = load.ratios([dict(zip(("service", "clients", "requests/s", "p99, ms"), row, strict=True)) for row in rows])
+    assert [row["requests/s over one text at a time"] for row in found] == [1, 1, 1.1, 3, 2.5]
+    assert [row["p99 over one client's"] for row in found] == [1, 9, 1, 5, 6]

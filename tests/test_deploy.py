@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from benchmarks import load as benchmark
 from llmprod import LLMProdError, artifacts, files, models
 from llmprod.__main__ import main
 from llmprod.deploy import batching, bundle, guard, load, messages, page, service
@@ -416,6 +418,14 @@ def test_the_trace_of_the_client_is_kept(running):
     assert trace in reply.headers["traceparent"] and running.logged(f'"trace": "{trace}"')
     own = running.http.post("/classify", json={"texts": ["oil"]}, headers={"traceparent": "x"}).headers["traceparent"]
     assert guard.TRACE.fullmatch(own)
+
+
+def test_the_load_benchmark_exchanges_bundles_and_loses_nothing(registry, tmp_path):
+    shutil.copytree(registry.folder, tmp_path / "served")
+    asked = tmp_path / "texts.json"
+    asked.write_text(json.dumps(["Oil prices rose.", "The bank cut its rate."]), encoding="utf-8")
+    (row,) = benchmark.measure(tmp_path / "served", asked, [(benchmark.EXCHANGE, 3)], seconds=3)
+    assert row["failed"] == 0 and row["bundles"] == 2 and row["requests"] > 3
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,4 +1,4 @@
-"""Generated pages: a run's report, and the generated blocks of the READMEs and docs/ARCHITECTURE.md."""
+"""Generated pages: a run's report, and the generated blocks of the READMEs and docs."""
 
 import ast
 import re
@@ -82,7 +82,7 @@ def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@", "\t", "\r")) else v)
 
 
-# Generated blocks of the READMEs and docs/ARCHITECTURE.md
+# Generated blocks of the READMEs and docs
 
 
 def update(path: Path, language: str) -> str:
@@ -97,11 +97,11 @@ def update(path: Path, language: str) -> str:
     return re.sub(pattern, renew, path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-GENERATED = {"README.md": "en", "README.zh.md": "zh", "docs/ARCHITECTURE.md": "en"}
+GENERATED = {"README.md": "en", "README.zh.md": "zh", "docs/ARCHITECTURE.md": "en", "docs/DEPLOY.md": "en"}
 
 
 def generate() -> None:
-    """Writes the generated blocks of the READMEs and docs/ARCHITECTURE.md anew."""
+    """Writes the generated blocks of the READMEs and docs anew."""
     for name, language in GENERATED.items():
         (paths.ROOT / name).write_text(update(paths.ROOT / name, language), encoding="utf-8")
 
