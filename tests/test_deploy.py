@@ -483,13 +483,21 @@ def test_an_assistant_and_a_recommender_answer_and_replies_are_kept(made, tmp_pa
     with TestClient(service.build(made, store, answer=answer, recommend=recommend)) as client:
         said = client.post("/answer", json={"turns": ["Where is it?", "Get me a person"]}).json()
         assert said["action"] == "hand over"
-        assert client.post("/feedback", json={"id": said["id"], "user": "u1", "verdict": "up"}).json() == {"new": True}
+        store.add_answer("5ba1e0c0ffee", "monitor", "topic: earn: negatives surge", "topic", 1.0, source="alert")
+        for request in (said["id"], "5ba1e0c0ffee"):  # a reply and an alert: right or wrong, without a class
+            verdict = {"id": request, "user": "u1", "verdict": "up"}
+            assert client.post("/feedback", json=verdict).json() == {"new": True}
+            wrong = client.post("/feedback", json=verdict | {"verdict": "corrected", "label": made.labels[0]})
+            assert wrong.status_code == 404 and "say up or down" in wrong.text
+            wrong = client.post("/feedback", json=verdict | {"verdict": "corrected", "label": "hand over"})
+            assert wrong.status_code == 422
+        assert store.table("feedback")["verdict"].tolist() == ["up", "up"]
         found = client.post("/recommend", json={"liked": ["7"], "wish": "robots", "count": 3}).json()["items"]
         assert found == [{"id": "1", "title": "robots", "because": ["7"]}]
         missing = client.post("/recommend", json={"liked": ["x"]})
         assert missing.status_code == 422 and "no item x" in missing.text
         assert client.post("/recommend", json={"count": 0}).status_code == 422
-    (row,) = store.table("answers").to_dict("records")
+    (row,) = store.table("answers", "answer").to_dict("records")
     assert (row["request"], row["source"], row["label"], row["text"]) == (
         said["id"], "answer", "hand over", "Get me a person",
     )  # fmt: skip

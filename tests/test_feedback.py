@@ -266,6 +266,54 @@ def test_the_widget_writes_reviews(store):
     assert store.table("reviews")["label"].tolist() == ["acq"] and button.disabled
 
 
+# Alerts and replies beside the answers
+
+
+def judge_others(store: Store, count: int, labels: list[str]) -> None:
+    """Adds as many alerts and replies, all of them queued and reviewed twice with labels: what nobody should learn."""
+    for source in ("alert", "answer"):
+        for number in range(count):
+            answer(store, f"{source} {number}", source=source, label="topic", shadow="acq", text=f"{source} {number}")
+            store.queue({f"{source} {number}": review.AUDIT if number % 2 else review.DOWN})
+            for name in ("reviewer 1", "reviewer 2"):
+                store.add_review(f"{source} {number}", name, labels[number % len(labels)])
+            store.add_feedback(f"{source} {number}", "u1", "down")
+
+
+def test_the_queue_and_what_is_settled_are_of_one_source(store):
+    for number in range(40):
+        answer(store, f"r{number}", shadow="earn" if number % 3 else "acq")
+    store.queue({f"r{number}": review.AUDIT for number in range(40)})
+    for number in range(30):
+        for name in ("reviewer 1", "reviewer 2"):
+            store.add_review(f"r{number}", name, "earn" if number % 2 else "acq")
+
+    def seen() -> list[pd.DataFrame]:
+        kappa = pd.DataFrame([review.agreement(store, "reviewer 1", "reviewer 2", resamples=20)])
+        return [review.settled(store), review.shadow_test(store), review.waiting_for(store, "reviewer 3"), kappa]
+
+    before = seen()
+    judge_others(store, 5, ["real", "false alarm"])
+    answer(store, "alert 9", source="alert")
+    store.queue({"alert 9": review.AUDIT})
+    for one, other in zip(before, seen(), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert review.settled(store, "alert")["label"].value_counts().to_dict() == {"real": 3, "false alarm": 2}
+    assert review.waiting_for(store, "reviewer 1", "alert")["request"].tolist() == ["alert 9"]
+    assert review.widget(store, "reviewer 1", ["real"], "alert").children[0].value == "text alert 9"
+    assert review.fill(store, {review.DOWN: 9}).empty, "what is said of an alert queues no answer"
+
+
+def test_only_a_class_is_corrected(store):
+    for source in ("classify", "answer", "alert"):
+        answer(store, source, source=source)
+    assert store.add_feedback("classify", "u1", "corrected", "acq")
+    for source in ("answer", "alert"):
+        with pytest.raises(FeedbackError, match=f"is of '{source}', and can't be corrected: say up or down"):
+            store.add_feedback(source, "u1", "corrected", "acq")
+        assert store.add_feedback(source, "u1", "down") and not store.add_feedback(source, "u1", "down")
+
+
 # Promotion, with the real small model on real texts
 
 SHORT = 6  # words of a headline
@@ -295,8 +343,11 @@ def world(tmp_path_factory):
     return splits, labels, registry, users, old, texts
 
 
-def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) -> promotion.Decision:
-    """An iteration on texts and the labels that two reviewers give; the registry is put back afterwards."""
+def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80, others: int = 0) -> promotion.Decision:
+    """An iteration on texts and the labels that two reviewers give; the registry is put back afterwards.
+
+    `others`: how many reviewed alerts and replies are in the store as well.
+    """
     splits, _, registry, _, old, _ = world
     before = registry.state()["current"]
     with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
@@ -313,6 +364,7 @@ def iterated(world, tmp_path, users: list[tuple[str, str]], audits: int = 80) ->
         for reviewer in ("reviewer 1", "reviewer 2"):
             for name, (_, label) in zip(names, users, strict=True):
                 store.add_review(name, reviewer, label)
+        judge_others(store, others, ["real", "earn"])
         recipe = Recipe(method="lora", learning_rate=2e-3, epochs=3, max_length=48, batch_tokens=512)
         rules = promotion.Rules(old_tolerance=0.02)  # 200 texts can't resolve half a point
         decision = promotion.iterate(registry, store, splits, recipe, regression=old, rehearsal=20, rules=rules)
@@ -370,6 +422,19 @@ def test_a_poisoned_batch_is_refused(world, tmp_path):
     assert not decision.promoted and any("not better" in why for why in decision.reasons)
     assert any("by chance" in why for why in decision.reasons)
     assert decision.current == decision.parent and not (registry.folder / decision.candidate).exists()
+
+
+def test_judged_alerts_and_replies_change_no_promotion(world, tmp_path, monkeypatch):
+    """Neither what would be learnt nor the decision; the training itself is left out."""
+    learnt, decisions = [], []
+    monkeypatch.setattr(promotion, "retrain", lambda start, *given: learnt.append(given[:2]) or start)
+    for others in (0, 20):
+        (tmp_path / str(others)).mkdir()
+        decisions.append(iterated(world, tmp_path / str(others), world[3][:60], audits=30, others=others))
+    alone, beside = decisions
+    assert learnt[0] == learnt[1] and sum(text in dict(world[3][30:60]) for text in learnt[0][0]) == 60, "each twice"
+    assert beside.candidate == alone.candidate and beside.reasons == alone.reasons
+    assert beside.numbers == alone.numbers and beside.classes.equals(alone.classes)
 
 
 def test_reviews_in_random_order_agree_by_chance_alone():

@@ -193,7 +193,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     if service.store is not None:
 
-        @app.post("/feedback", responses={404: {"description": "no such answer"}})
+        @app.post("/feedback", responses={404: {"description": "no such answer, or none to correct"}})
         async def feedback(said: Feedback) -> dict[str, bool]:
             """Keeps what a user says of an answer; said again it changes nothing."""
             if said.verdict == "corrected" and said.label not in service.batcher.bundle.labels:

@@ -26,8 +26,8 @@ def fill(store: Store, quotas: Mapping[str, int], seed: int = 0, source: str = "
 
     Returns the answers that were added, with their `reason`.
     """
-    answers = store.table("answers").query("source == @source").set_index("request").sort_index()
-    said, random = store.table("feedback"), np.random.default_rng(seed)
+    answers = store.table("answers", source).set_index("request").sort_index()
+    said, random = store.table("feedback", source), np.random.default_rng(seed)
     waiting = set(answers.index) - set(store.table("queue")["request"])
     wrong = said.loc[said["verdict"] != "up", "request"]
     different = said.drop_duplicates(["request", "verdict", "label"])["request"]
@@ -48,27 +48,28 @@ def fill(store: Store, quotas: Mapping[str, int], seed: int = 0, source: str = "
     return answers.loc[list(chosen)].assign(reason=list(chosen.values()))
 
 
-def waiting_for(store: Store, reviewer: str) -> pd.DataFrame:
-    """What a reviewer has to look at: requests and texts with fewer than two reviews, or two that differ.
+def waiting_for(store: Store, reviewer: str, source: str = "classify") -> pd.DataFrame:
+    """What a reviewer has to look at, of a source: requests and texts with fewer than two reviews, or two that differ.
 
     A reviewer sees an answer once, and neither its label nor what others said of it.
     """
-    reviews, queue = store.table("reviews"), store.table("queue")
+    reviews, queue = store.table("reviews", source), store.table("queue", source)
     grouped = reviews.groupby("request")["label"].agg(["count", "nunique"]).reindex(queue["request"]).fillna(0)
     needed = (grouped["count"] < 2) | ((grouped["count"] == 2) & (grouped["nunique"] == 2))
     mine = set(reviews.loc[reviews["reviewer"] == reviewer, "request"])
     left = [request for request in grouped.index[needed] if request not in mine]
-    return store.table("answers").set_index("request").loc[left, ["text"]].reset_index()
+    return store.table("answers", source).set_index("request").loc[left, ["text"]].reset_index()
 
 
-def settled(store: Store) -> pd.DataFrame:
-    """The reviewed answers: two reviewers gave the same label, or a third one decided where they differed.
+def settled(store: Store, source: str = "classify") -> pd.DataFrame:
+    """The reviewed answers of a source: two reviewers gave the same label, or a third decided where they differed.
 
+    Only those of "classify" have labels to learn from: of a reply or an alert, people say something else.
     Returns `request`, `text`, `label` (the reviewers'), `served` (the model's), `shadow` (the shadow bundle's, or ""),
     `reason`, `time` (of the answer), and `how`: "unanimous" or "adjudicated".
     """
-    reviews, queue = store.table("reviews"), store.table("queue").set_index("request")["reason"]
-    answers, rows = store.table("answers").set_index("request"), []
+    reviews, queue = store.table("reviews", source), store.table("queue", source).set_index("request")["reason"]
+    answers, rows = store.table("answers", source).set_index("request"), []
     for request, labels in reviews.groupby("request", sort=True)["label"].agg(list).items():
         unanimous = len(labels) >= 2 and len(set(labels[:2])) == 1
         if request in queue.index and (unanimous or len(labels) >= 3):
@@ -92,13 +93,15 @@ def shadow_test(store: Store, alpha: float = 0.05) -> pd.DataFrame:
     return pd.concat([found.reset_index(drop=True), sequential.confidence_sequence(differences, alpha)], axis=1)
 
 
-def agreement(store: Store, one: str, other: str, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Cohen's kappa of two reviewers on what both have seen, with its 95 % bootstrap interval.
+def agreement(
+    store: Store, one: str, other: str, resamples: int = 1000, seed: int = 0, source: str = "classify"
+) -> dict[str, float]:
+    """Cohen's kappa of two reviewers on what both have seen of a source, with its 95 % bootstrap interval.
 
     κ = (p - e) / (1 - e): p is the share of equal labels, e the share that chance alone would give (Cohen 1960).
     Raises FeedbackError where they share no answer.
     """
-    table = store.table("reviews").pivot(index="request", columns="reviewer", values="label")
+    table = store.table("reviews", source).pivot(index="request", columns="reviewer", values="label")
     both = table.reindex(columns=[one, other]).dropna()
     if both.empty:
         raise FeedbackError(f"{one} and {other} have reviewed no answer in common.")
@@ -119,11 +122,11 @@ def agreement(store: Store, one: str, other: str, resamples: int = 1000, seed: i
     }
 
 
-def widget(store: Store, reviewer: str, labels: Sequence[str]) -> object:
-    """The queue of a reviewer as a notebook widget: one text at a time, a list of labels, a button."""
+def widget(store: Store, reviewer: str, labels: Sequence[str], source: str = "classify") -> object:
+    """The queue of a reviewer for a source as a notebook widget: one text at a time, a list of labels, a button."""
     import ipywidgets as w
 
-    left = iter(waiting_for(store, reviewer).to_dict("records"))
+    left = iter(waiting_for(store, reviewer, source).to_dict("records"))
     shown: dict = {}
     text = w.Textarea(disabled=True, layout=w.Layout(width="95%", height="110px"))
     choice = w.Dropdown(options=["", *labels], description="label:")

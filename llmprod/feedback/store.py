@@ -140,13 +140,15 @@ class Store:
             verdict: "up", "down" or "corrected"
             label: the right one, with "corrected"
 
-        Returns whether that was new. Raises FeedbackError for an unknown request, and a correction without a label.
+        Returns whether that was new. Raises FeedbackError for an unknown request, a correction without a label, and a
+        correction of what the classifier did not answer: a reply or an alert has none of its labels.
         """
         if verdict not in VERDICTS:
             raise FeedbackError(f"The verdict is '{verdict}'; use {', '.join(VERDICTS)}.")
         if (verdict == "corrected") != bool(label.strip()):
             raise FeedbackError("A correction needs the right label, and only a correction has one.")
-        return self.say(FEEDBACK, {"request": request, "user": user}, {"verdict": verdict, "label": label})
+        of = "classify" if verdict == "corrected" else ""
+        return self.say(FEEDBACK, {"request": request, "user": user}, {"verdict": verdict, "label": label}, of)
 
     def add_review(self, request: str, reviewer: str, label: str) -> bool:
         """Stores the label that a reviewer gives; returns whether it is new. Raises FeedbackError as `add_feedback`."""
@@ -154,11 +156,14 @@ class Store:
             raise FeedbackError("A review needs the reviewer's name and a label.")
         return self.say(REVIEWS, {"request": request, "reviewer": reviewer}, {"label": label})
 
-    def say(self, table: sql.Table, key: dict[str, str], values: dict[str, str]) -> bool:
-        """Stores a row about an answer, in place of the one with the same key; False if the same was there."""
+    def say(self, table: sql.Table, key: dict[str, str], values: dict[str, str], source: str = "") -> bool:
+        """Stores a row about an answer (of a source), in place of the one with its key; False if the same was there."""
         with self.begin() as connection:
-            if not connection.scalar(sql.select(sql.exists().where(ANSWERS.c.request == key["request"]))):
+            found = connection.scalar(sql.select(ANSWERS.c.source).where(ANSWERS.c.request == key["request"]))
+            if found is None:
                 raise FeedbackError(f"There is no answer with the request '{key['request']}'.")
+            if source and found != source:
+                raise FeedbackError(f"'{key['request']}' is of '{found}', and can't be corrected: say up or down.")
             same = [table.c[name] == value for name, value in (key | values).items()]
             if connection.scalar(sql.select(sql.exists().where(*same))):
                 return False
@@ -177,10 +182,13 @@ class Store:
 
     # Reading
 
-    def table(self, name: str) -> pd.DataFrame:
-        """All rows of "answers", "feedback", "queue" or "reviews", the oldest first."""
+    def table(self, name: str, source: str = "") -> pd.DataFrame:
+        """The rows of "answers", "feedback", "queue" or "reviews", the oldest first: all, or those of a source."""
         table = TABLES.tables[name]
-        return self.frame(sql.select(table).order_by(table.c.time, *table.primary_key.columns))
+        query = sql.select(table).order_by(table.c.time, *table.primary_key.columns)
+        if source:
+            query = query.where(table.c.request.in_(sql.select(ANSWERS.c.request).where(ANSWERS.c.source == source)))
+        return self.frame(query)
 
     def frame(self, query: sql.Select) -> pd.DataFrame:
         """The rows that a query finds."""
