@@ -36,8 +36,9 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     serving.add_argument("--rate", type=number(float), default=0.0, help="requests a second of one client; 0: no limit")
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
 
-    kept = command("feedback", manage_feedback, "export or delete what the service keeps; test the shadow bundle")
+    kept = command("feedback", manage_feedback, "what users say of the answers; the shadow bundle; export or delete")
     kept.add_argument("--store", required=True, help="a file, or postgresql://…")
+    kept.add_argument("--judged", action="store_true", help="how often users say that answers and alerts are right")
     kept.add_argument("--export", metavar="USER", help="as CSV, on standard output")
     kept.add_argument("--delete", metavar="USER")
     kept.add_argument("--older-than", type=number(float), metavar="DAYS", help="delete older answers and what was said")
@@ -138,13 +139,17 @@ def serve(options: argparse.Namespace) -> int:
 
 def manage_feedback(options: argparse.Namespace) -> int:
     from llmprod.feedback import review
-    from llmprod.harness import report
+    from llmprod.harness import report, results
 
     with opened_store(options.store) as store:
         if options.shadow:
             found = review.shadow_test(store)
             mean, low, high = 100 * found[["mean", "low", "high"]].iloc[-1]
             print(f"shadow less served, {len(found)} audited answers: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+        if options.judged:
+            found = review.judged(store)
+            shares = found[["right", "95 % from", "to"]].map("{:.1%}".format).where(found["judged"] > 0, "")
+            print("no answers yet" if found.empty else results.markdown(found.assign(**shares)))
         if options.export:
             report.spreadsheet(store.export_user(options.export)).to_csv(sys.stdout, index=False)
         if options.delete:

@@ -20,9 +20,9 @@ from llmprod import LLMProdError, data, machine
 from llmprod.__main__ import main
 from llmprod.deploy import bundle
 from llmprod.deploy.registry import Registry
-from llmprod.evaluate import drift
+from llmprod.evaluate import drift, metrics
 from llmprod.feedback import off_policy, promotion, review, sequential, watch
-from llmprod.feedback.store import FeedbackError, Store
+from llmprod.feedback.store import VERDICTS, FeedbackError, Store
 from llmprod.finetune import fewshot
 from llmprod.finetune.recipe import Recipe
 from llmprod.models import Predictor
@@ -312,6 +312,49 @@ def test_only_a_class_is_corrected(store):
         with pytest.raises(FeedbackError, match=f"is of '{source}', and can't be corrected: say up or down"):
             store.add_feedback(source, "u1", "corrected", "acq")
         assert store.add_feedback(source, "u1", "down") and not store.add_feedback(source, "u1", "down")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["alert", "answer", "classify"]), st.sampled_from(["a", "b"])), max_size=8),
+    st.lists(st.tuples(st.integers(0, 7), st.sampled_from(["u1", "u2", "u3"]), st.sampled_from(VERDICTS)), max_size=20),
+)
+def test_an_answer_is_judged_once_by_the_last_words_of_most(answers, said):
+    words: dict[int, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as folder, Store(f"sqlite:///{folder}/store.db") as store:
+        for number, (source, label) in enumerate(answers):
+            answer(store, str(number), source=source, label=label)
+        for number, user, verdict in said:
+            if number < len(answers) and (verdict != "corrected" or answers[number][0] == "classify"):
+                store.add_feedback(str(number), user, verdict, "c" if verdict == "corrected" else "")
+                words.setdefault(number, {})[user] = verdict
+        found = review.judged(store)
+    of_label = dict(zip(zip(found["source"], found["label"], strict=True), found.to_dict("records"), strict=True))
+    assert set(of_label) == set(answers) | {(source, "") for source, _ in answers}
+    for (source, label), row in of_label.items():
+        own = [k for k, of in enumerate(answers) if of[0] == source and label in ("", of[1])]
+        heard = [list(words[k].values()) for k in own if k in words]
+        right = sum(2 * verdicts.count("up") > len(verdicts) for verdicts in heard)
+        assert (row["answers"], row["judged"]) == (len(own), len(heard))
+        assert (row["95 % from"], row["to"]) == metrics.wilson(right, len(heard))
+        assert row["right"] == pytest.approx(right / len(heard) if heard else np.nan, nan_ok=True)
+
+
+def test_what_was_judged_is_printed(tmp_path, capsys):
+    command = ["feedback", "--store", str(tmp_path / "answers.sqlite"), "--judged"]
+    assert main(command) == 0 and capsys.readouterr().out == "no answers yet\n"
+    with opened_store(command[2]) as store:
+        for number in range(10):
+            answer(store, f"r{number}", source="answer", label="answer" if number else "hand over")
+            if number:
+                store.add_feedback(f"r{number}", "u1", "down" if number < 3 else "up")
+    assert main(command) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == [
+        ["answer", "", "10", "9", "77.8%", "45.3%", "93.7%"],
+        ["answer", "answer", "9", "9", "77.8%", "45.3%", "93.7%"],
+        ["answer", "hand over", "1", "0", "", "", ""],
+    ]
 
 
 # Promotion, with the real small model on real texts

@@ -122,6 +122,23 @@ def agreement(
     }
 
 
+def judged(store: Store) -> pd.DataFrame:
+    """How often users say that an answer was right: alerts that were real, replies that should be so, labels.
+
+    A row for each source, with the label "", and one for each of its labels: how many `answers` there are, how many
+    were `judged`, the share of these that was `right`, with its 95 % Wilson interval. An answer counts once, as right
+    where more users say "up" than "down" or a correction; of each user the store keeps the last word. Users choose what
+    they judge: the interval knows of chance, not of that choice.
+    """
+    answers, said = store.table("answers"), store.table("feedback")
+    answers["right"] = answers["request"].map((said["verdict"] == "up").groupby(said["request"]).mean() > 0.5)
+    rows = []
+    for (source, label), of in pd.concat([answers.assign(label=""), answers]).groupby(["source", "label"])["right"]:
+        n, right = int(of.count()), int(of.sum())
+        rows.append((source, label, len(of), n, right / n if n else np.nan, *metrics.wilson(right, n)))
+    return pd.DataFrame(rows, columns=["source", "label", "answers", "judged", "right", "95 % from", "to"])
+
+
 def widget(store: Store, reviewer: str, labels: Sequence[str], source: str = "classify") -> object:
     """The queue of a reviewer for a source as a notebook widget: one text at a time, a list of labels, a button."""
     import ipywidgets as w
