@@ -50,7 +50,8 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     watch = command("monitor", monitor_stream, "watch a stream of documents; warn when negative ones surge", journal)
     what = "the address of a feed, a file or folder that grows, or - for standard input; repeatable"
     watch.add_argument("--source", action="append", required=True, help=what)
-    what = "console (default), wandb, the address of a webhook, or a file.jsonl; repeatable"
+    what = "console (default), wandb, the address of a webhook, a file.jsonl, or a feedback store, where people say "
+    what += "which alerts were real (sqlite:///FILE or postgresql://…); repeatable"
     watch.add_argument("--alert", action="append", help=what)
     models = paths.REPORTS / "cpu" / "work" / "14_news_monitoring" / "models"
     watch.add_argument("--models", default=models, help="the models that 14_news_monitoring saved (%(default)s)")
@@ -201,7 +202,7 @@ def monitor_stream(options: argparse.Namespace) -> int:
     machine.set_threads()
     machine.quiet()
     followed = [sources.open_source(word) for word in options.source]
-    told = [channels.open_channel(word) for word in options.alert or ["console"]]
+    told = [channels.open_channel(word, opened_store) for word in options.alert or ["console"]]
     chosen = topics.parse(options.topic)
     scorer = Scorer(Path(options.models), options.precision, options.every, topics.Topics(chosen) if chosen else None)
     detector = scorer.config.detector if options.every else shift.allowing(options.false_alarms)

@@ -1,5 +1,6 @@
 """From a user's word to another bundle: the store, the review queue, promotion, sequential tests, clicks, drift."""
 
+import json
 import os
 import pwd
 import shutil
@@ -26,8 +27,13 @@ from llmprod.feedback.store import VERDICTS, FeedbackError, Store
 from llmprod.finetune import fewshot
 from llmprod.finetune.recipe import Recipe
 from llmprod.models import Predictor
+from llmprod.news_monitoring import channels, monitor, sources
+from llmprod.news_monitoring.documents import NewsError
 from llmprod.products import opened_store
+from tests import test_monitor
+from tests.conftest import ROOT
 from tests.test_deploy import Running
+from tests.test_monitor import news
 
 # The store
 
@@ -123,7 +129,7 @@ def test_a_users_data_can_be_exported_and_deleted_and_old_data_goes(store):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("postgresql://bob:secret@127.0.0.1:1/x", "postgresql://127.0.0.1/x can't be used"),
+        ("postgresql://bob:secret@127.0.0.1:1/x", "postgresql://127.0.0.1:1/x can't be used"),
         ("sqlite:////no/such/folder/secret", "unable to open"),
         ("mysql://bob:secret@host/x", "mysql"),
         ("secret", "can't be read"),
@@ -355,6 +361,111 @@ def test_what_was_judged_is_printed(tmp_path, capsys):
         ["answer", "answer", "9", "9", "77.8%", "45.3%", "93.7%"],
         ["answer", "hand over", "1", "0", "", "", ""],
     ]
+
+
+def two_surges(folder: Path) -> sources.Tail:
+    """A source in which two events begin and end."""
+    parts = [news(800), news(60, 0), news(800, seed=1), news(60, 0, seed=1), news(800, seed=2)]
+    rows = [row | {"text": f"{row['text']} a@b.c"} for part in parts for row in part]
+    test_monitor.write(folder / "in.jsonl", [row | {"id": str(i), "time": 1e9 + 60 * i} for i, row in enumerate(rows)])
+    return sources.Tail(folder / "in.jsonl", batch=50)
+
+
+def test_an_event_is_kept_once_to_be_judged(store, tmp_path):
+    log, kept = channels.Log(tmp_path / "alerts.jsonl"), channels.FeedbackStore(store)
+    watching = test_monitor.watch(tmp_path, [log, kept])
+    monitor.run(watching, [two_surges(tmp_path)], once=True)
+    told = [json.loads(line) for line in log.path.read_text().splitlines()]
+    first = {alert["id"]: alert for alert in told if alert["event"] == alert["id"]}
+    answers = store.table("answers")
+    assert len(first) == 2 < len(told) and answers["request"].tolist() == list(first)
+    for row in answers.to_dict("records"):
+        alert = first[row["request"]]
+        assert row["text"].startswith(f"{alert['key']}: {alert['said']}; since 2001-09-")
+        assert row["text"].count("[email]") == 3 and "a@b.c" not in row["text"] and row["user"] == ""
+        assert (row["source"], row["bundle"], row["confidence"]) == ("alert", "monitor", 1.0)
+        assert alert["key"].startswith(f"{row['label']}: ")
+    store.add_feedback(answers["request"][0], "u1", "up")
+    watching.journal.rows("DELETE FROM deliveries WHERE channel = ?", (kept.name,))
+    watching.deliver()  # all of them again
+    pd.testing.assert_frame_equal(store.table("answers"), answers)
+    assert len(store.table("feedback")) == 1 and not watching.journal.undelivered(kept.name)
+    assert review.judged(store).loc[0, ["source", "answers", "judged", "right"]].tolist() == ["alert", 2, 1, 1.0]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llmprod.feedback.store import Store
+from llmprod.news_monitoring import channels, monitor, sources
+from tests.test_monitor import watch
+
+class Killed(channels.FeedbackStore):
+    def send(self, alert):
+        super().send(alert)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder = Path(sys.argv[1])
+with Store(f"sqlite:///{folder / 'store.db'}") as store:
+    monitor.run(watch(folder, [Killed(store)]), [sources.Tail(folder / "in.jsonl", batch=50)], once=True)
+"""
+
+
+def test_an_alert_that_a_kill_makes_come_again_is_kept_once(tmp_path):
+    """Killed between the store's commit and the journal's."""
+    source = two_surges(tmp_path)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with Store(f"sqlite:///{tmp_path / 'store.db'}") as store:
+        (before,) = store.table("answers").to_dict("records")
+        watching = test_monitor.watch(tmp_path, [kept := channels.FeedbackStore(store)])
+        assert watching.journal.undelivered(kept.name)[0]["id"] == before["request"]
+        monitor.run(watching, [source], once=True)
+        answers = store.table("answers").to_dict("records")
+    assert answers[0] == before and len(answers) == 2
+
+
+def test_alerts_wait_for_a_store_that_fails(store, tmp_path):
+    """A table that is not there for a while stands for a database that is down; no message has a password."""
+    watching = test_monitor.watch(tmp_path, [kept := channels.FeedbackStore(store)])
+    with store.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE answers RENAME TO hidden")
+    monitor.run(watching, [two_surges(tmp_path)], once=True)
+    assert "is not kept (The store" in watching.problems[kept.name] and "tried again" in watching.problems[kept.name]
+    assert "secret" not in f"{watching.problems} {kept.name}"
+    with store.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE hidden RENAME TO answers")
+    watching.deliver()
+    assert store.table("answers").empty, "it rests after it failed"
+    watching.waits.clear()
+    watching.deliver()
+    assert len(store.table("answers")) == 2 and kept.name not in watching.problems
+
+
+def test_any_alert_can_be_kept(store):
+    """What documents hold of control characters and halves of pairs would have it fail for ever."""
+    alert = {"id": "abc", "event": "abc", "key": "topic\0\ud800: x", "said": "60% negative", "since": 1e9, "count": 3}
+    texts = ["a\0b", "half \ud83d", "w " * 5000, "the fourth"]
+    channels.FeedbackStore(store).send(alert | {"documents": [{"text": text} for text in texts]})
+    (row,) = store.table("answers").to_dict("records")
+    assert row["text"].splitlines()[1:3] == ["a·b", "half ·"] and len(row["text"]) < 1200 and row["label"] == "topic··"
+
+
+def test_a_store_as_a_channel_of_the_command_line(tmp_path, capsys):
+    channel = channels.open_channel(f"sqlite:///{tmp_path / 'a.db'}", opened_store)
+    assert isinstance(channel, channels.FeedbackStore) and channel.name == f"store sqlite:///{tmp_path / 'a.db'}"
+    channel.store.engine.dispose()
+    (tmp_path / "in.jsonl").touch()
+    for address, words in (
+        ("postgresql://bob:secret@127.0.0.1:1/x", "postgresql://127.0.0.1:1/x can't be used"),
+        (f"sqlite:///{tmp_path}/none/a.db", "unable to open"),
+        ("mysql://bob:secret@host/x", "sqlite:///FILE"),
+    ):
+        assert main(["monitor", "--source", str(tmp_path / "in.jsonl"), "--alert", address]) == 2
+        error = capsys.readouterr().err
+        assert words in error and "bob" not in error and "secret" not in error
+    with pytest.raises(NewsError, match="--alert"):
+        channels.open_channel("sqlite.db", opened_store)
 
 
 # Promotion, with the real small model on real texts

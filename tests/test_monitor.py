@@ -33,6 +33,7 @@ from llmprod.news_monitoring.documents import DAY, HEAD, LIMIT, Document, NewsEr
 from llmprod.news_monitoring.duplicates import new_documents
 from llmprod.news_monitoring.journal import Journal
 from llmprod.news_monitoring.scorer import MonitorConfig, Scorer
+from llmprod.products import opened_store
 from tests.conftest import ROOT, llmprod
 
 BAD = ("loss", "fraud", "collapse", "strike", "default", "layoffs", "fine", "recall")
@@ -309,7 +310,7 @@ def test_a_log_ends_a_line_that_a_kill_cut_off(tmp_path):
 @pytest.mark.parametrize("word", ["ftp://example.org", "alerts.txt", "nonsense"])
 def test_an_unknown_channel_is_named(word):
     with pytest.raises(NewsError, match="--alert"):
-        channels.open_channel(word)
+        channels.open_channel(word, opened_store)
 
 
 @pytest.fixture(scope="module")
@@ -402,10 +403,17 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     journal = ("--journal", str(tmp_path / "memory" / "journal.sqlite"))
     arguments = ("monitor", "--source", str(tmp_path / "in.jsonl"), "--models", str(trained), "--once", *journal)
     arguments = (*arguments, "--every", "70")
-    done = llmprod(*arguments, "--alert", "console", "--alert", str(tmp_path / "alerts.jsonl"))
+    store = f"sqlite:///{tmp_path / 'feedback.db'}"
+    done = llmprod(*arguments, "--alert", "console", "--alert", str(tmp_path / "alerts.jsonl"), "--alert", store)
     assert done.returncode == 0, done.stderr
     assert "ALERT" in done.stdout
     alert = json.loads((tmp_path / "alerts.jsonl").read_text().splitlines()[0])
+    with opened_store(store) as kept:
+        assert kept.table("answers")["request"].tolist() == [alert["id"]]
+        kept.add_feedback(alert["id"], "u1", "up")
+    assert main(["feedback", "--store", store, "--judged"]) == 0
+    words = re.findall(r"[\w.%]+", capsys.readouterr().out.splitlines()[-1])
+    assert words == ["alert", alert["key"].partition(":")[0], "1", "1", "100.0%", "20.7%", "100.0%"]
     with (tmp_path / "in.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "Acme Corp in a telegram of long ago", "time": 1e9 - 1e6}) + "\n")
     assert "1 documents or lines came too late" in llmprod(*arguments).stderr
@@ -684,7 +692,7 @@ def test_webhooks_have_names_of_their_own_without_secrets():
     names = {channels.Webhook(f"https://user:hidden@chat/hook?room={room}").name for room in "ab"}
     assert len(names) == 2 and "hidden" not in str(names)
     with pytest.raises(NewsError) as refused:
-        channels.open_channel("ftp://user:hidden@host")
+        channels.open_channel("ftp://user:hidden@host", opened_store)
     assert "hidden" not in str(refused.value)
 
 
@@ -702,7 +710,7 @@ def test_a_log_that_can_not_be_written_is_named(tmp_path):
     for path in (tmp_path / "file" / "alerts.jsonl", tmp_path / "folder.jsonl", deep):
         (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
         with pytest.raises(NewsError, match="can't be written"):
-            channels.open_channel(str(path))
+            channels.open_channel(str(path), opened_store)
 
 
 def test_no_document_forges_an_alert_on_the_console(tmp_path, capsys):

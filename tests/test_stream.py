@@ -41,6 +41,7 @@ from llmprod.news_monitoring.fetch import decoded
 from llmprod.news_monitoring.journal import Journal
 from llmprod.news_monitoring.order import ready
 from llmprod.news_monitoring.sources import Lines, Replay, Tail
+from llmprod.products import opened_store
 
 
 class Clock:
@@ -657,7 +658,7 @@ def test_names_of_files_that_are_not_utf8(tmp_path, journal):
     assert len(take(journal, *documents)) == 3 and source.poll(journal.cursor(source.name))[0] == []
     single = Tail(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"bad\xff.jsonl")))
     journal.set_cursor(single.name, single.poll({})[1])
-    told = channels.open_channel(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"told\xff.jsonl")))
+    told = channels.open_channel(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"told\xff.jsonl")), opened_store)
     journal.delivered("a", told.name)
 
 

@@ -81,7 +81,8 @@ class Store:
         kind = address.get_backend_name()
         if kind not in UPSERT:
             raise FeedbackError(f"A store is in SQLite or PostgreSQL, not in '{kind}'.")
-        self.place = f"{kind}://{address.host or ''}/{address.database or ''}"
+        port = f":{address.port}" if address.port else ""
+        self.place = f"{kind}://{address.host or ''}{port}/{address.database or ''}"
         if kind == "postgresql":
             address = address.set(drivername="postgresql+psycopg")
         waits = {"timeout": WAIT} if kind == "sqlite" else {"connect_timeout": WAIT}

@@ -1,4 +1,4 @@
-"""Alert channels: console, file, webhook, W&B."""
+"""Alert channels: console, file, webhook, W&B, the feedback store."""
 
 import hashlib
 import hmac
@@ -6,11 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from tqdm.auto import tqdm
 
+from llmprod import LLMProdError
 from llmprod.news_monitoring.documents import NewsError, public
 from llmprod.news_monitoring.fetch import HELPER
 from llmprod.news_monitoring.journal import OVER
@@ -28,12 +31,10 @@ class Console:
         Of an event that was told already only the further key is, and its end.
         """
         first, over = alert["event"] == alert["id"], alert["id"].endswith(OVER)
-        kind, since = ("ALERT" if first else " over" if over else " also"), f"since {_when(alert['since'])}"
-        size = "" if over else f", {alert['count']} documents"
-        title = f"{kind} {alert['id']}  {shown(alert['key'], 100)}: {alert['said']}; {since}{size}"
-        tqdm.write(title, file=sys.stdout)
-        for document in alert["documents"][: 3 * first]:
-            tqdm.write(f"    {shown(' '.join(document['text'][:1000].split()), 100)}", file=sys.stdout)
+        title, *texts = _in_words(alert, 100)
+        tqdm.write(f"{'ALERT' if first else ' over' if over else ' also'} {alert['id']}  {title}", file=sys.stdout)
+        for text in texts[: 3 * first]:
+            tqdm.write(f"    {text}", file=sys.stdout)
 
 
 class Log:
@@ -62,9 +63,12 @@ class Log:
         self.ids.add(alert["id"])
 
 
-def _when(seconds: float) -> str:
-    """A time as people write it, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+def _in_words(alert: dict, width: int) -> list[str]:
+    """An alert for people: a line with what is said, one for each of its three most telling documents."""
+    since = datetime.fromtimestamp(alert["since"], UTC).strftime("%Y-%m-%d %H:%M")
+    size = f", {alert['count']} documents" if alert["count"] else ""  # an end has none
+    texts = [shown(" ".join(document["text"][:1000].split()), width) for document in alert["documents"][:3]]
+    return [f"{shown(alert['key'], 100)}: {alert['said']}; since {since}{size}", *texts]
 
 
 def _alert_id(line: bytes) -> str:
@@ -145,13 +149,53 @@ class Wandb:
         self.run.alert(title=f"{alert['key']}: {alert['said']}", text=text)
 
 
-def open_channel(word: str) -> Console | Log | Webhook | Wandb:
-    """A channel from the command line: `console`, `wandb`, `http(s)://…`, or a file for lines of JSON."""
+class Store(Protocol):
+    """Where alerts are kept: `feedback.store.Store`, whose libraries are of another extra."""
+
+    place: str
+
+    def add_answer(self, request: str, bundle: str, text: str, label: str, confidence: float, **more: object) -> None:
+        """Keeps an alert; one that is there already stays as it was."""
+
+
+class FeedbackStore:
+    """Alerts as answers of the feedback store, where people say which were real ("up") and which false ("down").
+
+    An event is judged once: further keys of it, and its end, are not kept. The label is what is watched (topic,
+    company, currency or all news), the confidence 1: an alarm has no probability.
+
+    The request is the alert's id, made of its key and the id of the document that raised it, which counts within its
+    source. So an alert that comes again adds nothing, and where two monitors of one source raise the same alert, the
+    first one's is kept. Sources on two machines that have one path and number their documents alike need two stores.
+    """
+
+    def __init__(self, store: Store):
+        self.store, self.name = store, f"store {store.place}".encode("utf-8", "backslashreplace").decode()
+
+    def send(self, alert: dict) -> None:
+        """Keeps the first alert of an event. Raises NewsError where the store can't be used."""
+        if alert["event"] != alert["id"]:
+            return
+        label, text = shown(alert["key"].partition(":")[0], 100), "\n".join(_in_words(alert, 1000))
+        try:
+            self.store.add_answer(alert["id"], "monitor", text, label, 1.0, source="alert")
+        except LLMProdError as error:
+            raise NewsError(f"The alert {alert['id']} is not kept ({error}); it is tried again later.") from error
+
+
+def open_channel(word: str, opened: Callable[[str], Store]) -> Console | Log | Webhook | Wandb | FeedbackStore:
+    """A channel from the command line: `console`, `wandb`, `http(s)://…`, a file for lines of JSON, or a store.
+
+    `opened` opens the feedback store at an address. Raises NewsError for another word, and what the channel raises.
+    """
     if word in ("console", "wandb"):
         return Console() if word == "console" else Wandb()
     if word.startswith(("http://", "https://")):
         return Webhook(word)
+    if word.startswith(("sqlite://", "postgresql://")):
+        return FeedbackStore(opened(word))
     if "://" in word or not word.endswith(".jsonl"):
         word = public(word) if "://" in word else word
-        raise NewsError(f"--alert {word}: use console, wandb, an http(s) address, or a file that ends in .jsonl.")
+        known = "console, wandb, an http(s) address, a file that ends in .jsonl, or sqlite:///FILE or postgresql://…"
+        raise NewsError(f"--alert {word}: use {known}.")
     return Log(Path(word))
