@@ -72,6 +72,7 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     alerts = command("alerts", judge_alerts, "list and judge the monitor's alerts; export texts behind them", journal)
     for option in ("acknowledge", "right", "wrong"):
         alerts.add_argument(f"--{option}", metavar="ID", action="append", default=[], type=text)
+    alerts.add_argument("--store", default="", help="a feedback store that gets all of the journal's verdicts, too")
     alerts.add_argument("--export", default="", metavar="FILE.csv", help="texts behind judged alerts, for training")
 
 
@@ -247,6 +248,20 @@ def judge_alerts(options: argparse.Namespace) -> int:
                     f"--export {options.export}: it can't be written ({error.strerror or error})."
                 ) from error
         found = journal.alerts()
+    if options.store:
+        keep_verdicts(found.to_dict("records"), options.store)
     found = found.reindex(columns=["id", "key", "said", "count", "acknowledged", "right"]).astype(object).fillna("")
     print("no alerts yet" if found.empty else results.markdown(found))
     return 0
+
+
+def keep_verdicts(alerts: list[dict], place: str) -> None:
+    """Puts the judged events of a journal into a feedback store, with the verdict as that of a user `monitor`."""
+    from llmprod.news_monitoring import channels
+
+    with opened_store(place) as store:
+        channel = channels.FeedbackStore(store)
+        for alert in alerts:
+            if alert["right"] is not None and alert.get("event") == alert["id"]:  # further keys are not judged there
+                channel.send(alert)
+                store.add_feedback(alert["id"], "monitor", "up" if alert["right"] else "down")

@@ -420,6 +420,14 @@ def test_the_command_line_watches_judges_and_exports(trained, tmp_path, capsys):
     assert main(["alerts", "--right", alert["id"], "--export", str(tmp_path / "judged.csv"), *journal]) == 0
     assert alert["id"] in capsys.readouterr().out
     judged = pd.read_csv(tmp_path / "judged.csv")
+    other = str(tmp_path / "other.db")  # has no alert of the monitor yet
+    for _ in range(2):
+        for place in (store, other):
+            assert main(["alerts", "--wrong", alert["id"], "--store", place, *journal]) == 0
+    for place, said in ((store, {"u1": "up", "monitor": "down"}), (other, {"monitor": "down"})):
+        with opened_store(place) as kept:
+            assert kept.table("answers")["request"].tolist() == [alert["id"]]
+            assert dict(kept.table("feedback")[["user", "verdict"]].to_numpy()) == said
     assert set(judged["label"]) == {"negative"}
     assert len(judged) == len(alert["documents"])
     for place in (tmp_path, tmp_path / "none" / "judged.csv"):
