@@ -329,6 +329,7 @@ def test_wandb_is_told_to_collect_nothing(monkeypatch, own_wandb, begun, tmp_pat
     for settings in (options["settings"] for options in begun):
         assert settings.disable_git and settings.disable_code and settings.console == "off"
         assert settings.x_disable_stats and settings.x_disable_meta
+        assert (settings.host, settings.program) == ("", "01_data")
 
 
 def test_a_figure_draws_labels_as_they_are(monkeypatch, tmp_path):

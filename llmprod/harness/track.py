@@ -11,7 +11,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +23,8 @@ from matplotlib import ticker
 from llmprod import LLMProdError, machine, paths
 
 KINDS = (str, int, float, bool, type(None))
+NO_REPORTS = ("WANDB_ERROR_REPORTING", "false")  # errors and timings of W&B's client would go to its makers
+UNSENT = "unsent"  # a file in the folder of an online run that W&B did not take as a whole
 
 
 class Silent:
@@ -44,6 +47,7 @@ class Run:
         self.work = self.folder / "work" / notebook
         self.work.mkdir(parents=True, exist_ok=True)
         self.wandb = self.tensorboard = self.kinds = Silent()  # `kinds` has W&B's classes Image and Table
+        self.patience, self.lost = 0.0, False  # seconds that W&B's service may take; whether it took longer, or failed
         self.step = 0
         mode = os.environ.get("TRACKING", "on")
         if mode not in ("on", "none"):
@@ -53,7 +57,7 @@ class Run:
 
     def _open(self) -> None:
         """Starts W&B, unless the user turned it off, and TensorBoard."""
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault(*NO_REPORTS)
         if not os.access(Path.home(), os.W_OK):  # where W&B would put its logs and copies
             for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
                 os.environ.setdefault(name, str(self.folder / "work" / "wandb"))
@@ -74,6 +78,9 @@ class Run:
                 "console": "off",
                 "disable_git": True,
                 "disable_code": True,
+                "host": "",  # or it would be this machine's name
+                "program": self.notebook,  # or the path of the file that runs
+                "finish_timeout_raises": True,
             }
             return wandb.init(
                 name=f"{self.notebook}-{self.folder.name}-seed{self.seed}",
@@ -88,12 +95,39 @@ class Run:
         try:
             self.wandb = begin(mode)
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if mode in ("offline", "dryrun"):
                 raise LLMProdError(f"W&B can't start ({reason}); WANDB_MODE=disabled does without it.") from None
             print(f"W&B can't be reached ({reason}): this run stays offline, `make sync` uploads it.")
             self.wandb = begin("offline")
-        self.kinds = wandb
+        self.kinds, self.patience = wandb, self.wandb.settings.finish_timeout
+
+    def _ask(self, what: str, do: Callable[[], object]) -> None:
+        """Does what waits for W&B's service where it is online: for so long, and a failure costs the notebook nothing.
+
+        A service that failed once is not asked again. W&B keeps the numbers on disk in any case, for `make sync`.
+        """
+        if self.wandb.offline:
+            do()
+            return
+        problems = []
+
+        def attempt() -> None:
+            try:
+                do()
+            except Exception as error:  # W&B's client raises errors of many kinds, ValueError among them
+                problems.append(first_line(error))
+
+        if self.lost:
+            return
+        thread = threading.Thread(target=attempt, daemon=True)  # which holds up neither the notebook nor its end
+        thread.start()
+        thread.join(self.patience or None)  # 0 is no limit, as in W&B's own setting
+        if thread.is_alive():
+            problems.append(f"no answer in {self.patience:g} seconds")
+        if problems:
+            self.lost = True
+            print(f"W&B did not take {what} ({problems[0]}): the run goes on without.")
 
     def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
         """Logs numbers at a step of training; by default the next one."""
@@ -114,7 +148,8 @@ class Run:
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         """Logs a table."""
-        self.wandb.log({f"tables/{name}": self.kinds.Table(dataframe=table.astype(object).map(python_value))})
+        shown = self.kinds.Table(dataframe=table.astype(object).map(python_value))
+        self._ask(f"table {name}", lambda: self.wandb.log({f"tables/{name}": shown}))
         self.tensorboard.add_text(name, table.to_markdown())
 
     def lineage(self, made: Mapping[str, object], of: Sequence[Mapping[str, object]]) -> None:
@@ -134,12 +169,14 @@ class Run:
                 file.write(content(result))
             return found
 
-        if isinstance(self.wandb, Silent):
-            return
-        names = {result["notebook"]: hashlib.sha256(content(result).encode()).hexdigest() for result in of}
-        self.wandb.log_artifact(artifact(made, made_of=names))
-        for result in of if self.wandb.offline is False else ():
-            self.wandb.use_artifact(artifact(result))
+        def tell() -> None:
+            names = {result["notebook"]: hashlib.sha256(content(result).encode()).hexdigest() for result in of}
+            self.wandb.log_artifact(artifact(made, made_of=names))
+            for result in of if self.wandb.offline is False else ():
+                self.wandb.use_artifact(artifact(result))
+
+        if not isinstance(self.wandb, Silent):
+            self._ask("the lineage", tell)
 
     def finish(self, numbers: Mapping[str, float], config: dict[str, object]) -> None:
         """Closes the run with its final numbers (the run's summary) and the checksums of data and model."""
@@ -148,12 +185,23 @@ class Run:
         for name, value in numbers.items():
             self.tensorboard.add_scalar(f"results/{name}", value)
         self.tensorboard.close()
-        self.wandb.finish()
+        try:
+            self.wandb.finish()
+        except TimeoutError:
+            self.lost = True
+        if self.lost:
+            Path(self.wandb.dir).parent.joinpath(UNSENT).touch()
+            print("W&B did not take the whole run; `make sync` uploads the numbers that it lacks.")
 
 
 def python_value(value: object) -> object:
     """A NumPy scalar as the Python value that W&B's tables accept."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def wandb_settings() -> tuple[str, dict[str, object]]:
@@ -173,6 +221,8 @@ def wandb_settings() -> tuple[str, dict[str, object]]:
     settings = {"project": own.project or "llmprod"}
     if "init_timeout" not in own.model_fields_set:
         settings["init_timeout"] = 15  # seconds; W&B's own 90 would pass in each notebook
+    if "finish_timeout" not in own.model_fields_set:
+        settings["finish_timeout"] = 60  # seconds; W&B's own is no limit, and a service that fails would hold the run
     mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     return own.mode if "mode" in own.model_fields_set else mode, settings
 
@@ -234,11 +284,26 @@ def callback(run: Run):
 
 
 def sync() -> int:
-    """Uploads every offline W&B run under `reports/` and `runs/`, and returns their number; needs `WANDB_API_KEY`."""
+    """Uploads the W&B runs under `reports/` and `runs/` that are offline or were cut off; needs `WANDB_API_KEY`.
+
+    Returns their number. W&B marks what it uploaded: nothing is uploaded twice.
+    """
     if not os.environ.get("WANDB_API_KEY"):
         raise LLMProdError("WANDB_API_KEY is not set; set it to the key of the account to upload to.")
-    folders = [f for top in (paths.REPORTS, paths.RUNS) for f in sorted(Path(top).rglob("offline-run-*")) if f.is_dir()]
+    os.environ.setdefault(*NO_REPORTS)
+    tops = [Path(paths.REPORTS), Path(paths.RUNS)]
+    offline = [folder for top in tops for folder in top.rglob("offline-run-*") if folder.is_dir()]
+    cut_off = [mark.parent for top in tops for mark in top.rglob(f"run-*/{UNSENT}")]
+    folders = [folder for folder in sorted({*offline, *cut_off}) if not uploaded(folder)]
     for folder in folders:
-        if subprocess.run([sys.executable, "-m", "wandb", "sync", str(folder)]).returncode:
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
+        place = {"WANDB_DIR": str(folder.parent.parent)} | os.environ  # for its log, or that would be in the checkout
+        # it exits with 0 where the key is refused
+        if subprocess.run(command, env=place).returncode or not uploaded(folder):
             raise LLMProdError(f"W&B could not upload {folder} (see above); it is still there: run `make sync` again.")
     return len(folders)
+
+
+def uploaded(folder: Path) -> bool:
+    """Whether W&B marked a run's folder as uploaded."""
+    return any(folder.glob("*.wandb.synced"))
