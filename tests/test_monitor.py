@@ -618,6 +618,7 @@ def test_the_users_word_on_wandb_decides_before_a_key(monkeypatch, variables, mo
     assert (options["mode"], settings.init_timeout) == (mode, seconds)
     assert settings.disable_git and settings.disable_code and settings.console == "off"
     assert settings.x_disable_stats and settings.x_disable_meta
+    assert (settings.host, settings.program) == ("", "monitor")
 
 
 def test_wandb_is_off_where_the_user_says_so(tmp_path, monkeypatch):

@@ -134,6 +134,7 @@ class Wandb:
             mode = "disabled"
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         quiet = {"console": "off", "disable_git": True, "disable_code": True}
+        quiet |= {"host": "", "program": "monitor"}  # or they would be this machine's name and the file that runs
         quiet |= {"init_timeout": 15} if mode == "online" else {}  # seconds; its own 90 would keep the sources waiting
         try:
             settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, silent=mode == "offline", **quiet)
