@@ -1,6 +1,7 @@
 """The commands that use what the notebooks saved: answer, serve, feedback, iterate, monitor, topics, alerts."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -35,6 +36,8 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     serving.add_argument("--recommender", default="", help="what 13_recommendation saved, for /recommend")
     serving.add_argument("--rate", type=number(float), default=0.0, help="requests a second of one client; 0: no limit")
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
+    what = "so many processes on a Ray cluster ($RAY_ADDRESS, or a local one); one that dies is replaced"
+    serving.add_argument("--replicas", type=number(int, 1), default=0, metavar="N", help=what)
 
     kept = command("feedback", manage_feedback, "what users say of the answers; the shadow bundle; export or delete")
     kept.add_argument("--store", required=True, help="a file, or postgresql://…")
@@ -117,8 +120,24 @@ def answer_question(options: argparse.Namespace) -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
+    from llmprod.deploy import guard, service
+
+    limits = guard.Limits(rate=options.rate / max(1, options.replicas))  # with the key of this process
+    if not options.replicas:
+        service.run(application(options, limits), options.host, options.port)
+        return 0
+    from llmprod.deploy import replicas
+
+    if options.page:
+        raise LLMProdError("--page needs one process, which knows its visitors: leave out --replicas, or the page.")
+    replicas.run(functools.partial(application, options, limits), options.host, options.port, options.replicas)
+    return 0
+
+
+def application(options: argparse.Namespace, limits: object) -> object:
+    """The service that the options of `serve` describe, a FastAPI application; `limits` is a `guard.Limits`."""
     from llmprod import machine
-    from llmprod.deploy import bundle, guard, page, registry, service
+    from llmprod.deploy import bundle, registry, service
 
     machine.set_threads()
     machine.quiet()
@@ -134,9 +153,12 @@ def serve(options: argparse.Namespace) -> int:
         from llmprod.recommendation.served import Recommender
 
         more["recommend"] = Recommender.load(Path(options.recommender)).recommend
-    app = service.build(source, store, guard.Limits(rate=options.rate), **more)
-    service.run(page.mount(app) if options.page else app, options.host, options.port)
-    return 0
+    app = service.build(source, store, limits, **more)
+    if options.page:
+        from llmprod.deploy import page
+
+        app = page.mount(app)
+    return app
 
 
 def manage_feedback(options: argparse.Namespace) -> int:

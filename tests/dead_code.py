@@ -9,11 +9,12 @@ from vulture import Vulture
 from llmprod import paths
 
 # Called or read by a library (torch, transformers, optuna, onnxruntime, requests, html.parser, IPython, ipywidgets,
-# pydantic, starlette, rocrate), or, as `severity`, the key that a dataclass gives to a record.
+# pydantic, starlette, rocrate, ray), or, as `severity`, the key that a dataclass gives to a record.
 HOOKS = [
     "_render_traceback_",
     "attrs",
     "base_model_prefix",
+    "check_health",
     "compute_loss",
     "create_optimizer",
     "disabled",

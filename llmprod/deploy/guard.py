@@ -2,10 +2,12 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
 from collections import OrderedDict
@@ -14,8 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from llmprod import LLMProdError
 from llmprod.deploy.batching import Batch
 from llmprod.extras import extra
+from llmprod.tables import shown
 
 with extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -168,6 +172,26 @@ class Guard:
             return message
 
         return receiving
+
+
+def listen(limits: Limits, host: str, port: int) -> socket.socket:
+    """A socket that has the host and port for itself. Port 0 takes a free one.
+
+    Raises LLMProdError for another host than this machine without a key, and for what can't be listened on.
+    """
+    tcp = socket.IPPROTO_TCP  # named, since asyncio sends small answers at once (TCP_NODELAY) on such sockets only
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        address = socket.gethostbyname(host)
+        if not ipaddress.ip_address(address).is_loopback and not limits.key:
+            raise LLMProdError(f"To listen on {host}, where others reach it, set {KEY}; clients send it as X-API-Key.")
+        listening.bind((address, port))
+    except (OSError, OverflowError, UnicodeError) as error:  # taken, unknown, IPv6; out of range; no host's name
+        reason = getattr(error, "strerror", "") or error
+        where = f"{shown(host)}:{port} can't be listened on: {reason}"
+        raise LLMProdError(f"{where}. Choose another --port, or an IPv4 address as --host.") from error
+    return listening
 
 
 async def respond(send: Callable, status: int, detail: str, headers: dict[str, str] | None = None) -> None:

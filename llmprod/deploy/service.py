@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
-import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -14,11 +12,10 @@ from typing import Protocol
 from llmprod import LLMProdError
 from llmprod.deploy.batching import Batch, Batcher, Busy
 from llmprod.deploy.bundle import Bundle
-from llmprod.deploy.guard import KEY, Guard, Limits, Meters
+from llmprod.deploy.guard import Guard, Limits, Meters, listen
 from llmprod.deploy.messages import Classifications, Classified, Feedback, Texts, Turns, Wanted
 from llmprod.deploy.registry import Registry
 from llmprod.extras import extra
-from llmprod.tables import shown
 
 with extra("serve"):
     import uvicorn
@@ -323,23 +320,9 @@ def problem(status: int, detail: object, headers: dict[str, str] | None = None) 
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
-    """Listens until SIGTERM or Ctrl-C, then answers what waits and ends. Port 0 takes a free one.
-
-    Raises LLMProdError for another host than this machine without a key, and for what can't be listened on.
-    """
+    """Listens until SIGTERM or Ctrl-C, then answers what waits and ends. Raises LLMProdError as `listen` does."""
     service = app.state.service
-    tcp = socket.IPPROTO_TCP  # named, since asyncio sends small answers at once (TCP_NODELAY) on such sockets only
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, tcp)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        address = socket.gethostbyname(host)
-        if not ipaddress.ip_address(address).is_loopback and not service.limits.key:
-            raise LLMProdError(f"To listen on {host}, where others reach it, set {KEY}; clients send it as X-API-Key.")
-        listening.bind((address, port))
-    except (OSError, OverflowError, UnicodeError) as error:  # taken, unknown, IPv6; out of range; no host's name
-        reason = getattr(error, "strerror", "") or error
-        where = f"{shown(host)}:{port} can't be listened on: {reason}"
-        raise LLMProdError(f"{where}. Choose another --port, or an IPv4 address as --host.") from error
+    listening = listen(service.limits, host, port)
     print(f"bundle {service.batcher.bundle.id} at http://{host}:{listening.getsockname()[1]}", flush=True)
     config = uvicorn.Config(
         app, access_log=False, log_level="warning", server_header=False, timeout_graceful_shutdown=30
