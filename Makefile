@@ -3,6 +3,7 @@
 PROFILE  ?= cpu
 NOTEBOOK ?=
 STUDY    ?=
+ENGINE   ?= local
 BENCH    ?= training
 PARAMS   ?=
 SEEDS    ?= 0 1 2
@@ -17,7 +18,7 @@ VENV := $(or $(value VIRTUAL_ENV),$(value CONDA_PREFIX),.venv)
 BIN := $(VENV)/bin
 
 # What users write reaches the recipes as environment variables, as it is: neither make nor a shell reads it.
-VARIABLES := PROFILE NOTEBOOK STUDY BENCH PARAMS SEEDS SAMPLE STORE CRATE URL PYTHON
+VARIABLES := PROFILE NOTEBOOK STUDY ENGINE BENCH PARAMS SEEDS SAMPLE STORE CRATE URL PYTHON
 $(foreach name,$(VARIABLES),$(eval override $(name) := $$(value $(name))))
 export $(VARIABLES) VENV BIN
 
@@ -94,8 +95,8 @@ reference: $(READY)  ## measure the studies and the reference (of NOTEBOOK, or a
 	$(LLMPROD) study
 	$(LLMPROD) reference --profile="$$PROFILE" --seeds $$SEEDS --notebook="$$NOTEBOOK"
 
-study: $(READY)  ## run the missing rows of STUDY, or of all studies (notebooks/studies.yaml)
-	$(LLMPROD) study $$STUDY
+study: $(READY)  ## run the missing rows of STUDY, or of all studies (notebooks/studies.yaml); ENGINE=ray: on a Ray cluster
+	$(LLMPROD) study $$STUDY --engine="$$ENGINE"
 
 check: $(READY)  ## run SAMPLE random rows of the studies again, and print the verdict on them
 	$(LLMPROD) study --check="$$SAMPLE"

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from llmprod import DISK_ERRORS, LLMProdError, paths, products
@@ -45,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
     study = command("study", run_studies, "run the missing runs of the studies in notebooks/studies.yaml")
     study.add_argument("names", nargs="*", help="by default all")
     study.add_argument("--stale", action="store_true", help="also repeat runs of earlier code")
-    study.add_argument("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at a time (default: 1)")
+    study.add_argument(
+        "--jobs", type=number(int, 1), default=1, metavar="N", help="runs at a time on a machine (default: 1)"
+    )
+    study.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster $RAY_ADDRESS")
     study.add_argument("--check", type=number(int, 1), metavar="N", help="run N random rows again, and judge them")
     command("pin", pin, "write the commit that Colab installs into the notebooks' first cell")
     text = (
@@ -194,10 +198,20 @@ def run_studies(options: argparse.Namespace) -> int:
 
     if options.check:
         return int(check.show(options.check))
-    for name in options.names or study.declared():
-        ran = study.run(name, again=options.stale, jobs=options.jobs)
-        print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {sum(study.stale(name))} of earlier code (stale)")
+    with engine(options) as workers:
+        for name in options.names or study.declared():
+            ran, old = study.run(name, options.stale, options.jobs, workers), sum(study.stale(name))
+            print(f"{name}: {ran} runs, {len(study.rows(name))} in all, {old} of earlier code (stale)")
     return 0
+
+
+def engine(options: argparse.Namespace) -> AbstractContextManager:
+    """Where `study.run` measures: what it takes as `cluster`."""
+    if options.engine == "local":
+        return nullcontext()
+    from llmprod.harness import fanout
+
+    return fanout.workers(options.jobs)
 
 
 def pin(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ CHAIN = ("data", "models", "finetune", "evaluate", "optimize", "deploy", "feedba
 CASES = ("customer_service", "financial_sentiment", "recommendation", "news_monitoring")
 BORROWS = {"news_monitoring": {"financial_sentiment"}}
 COMMANDS = ("llmprod.__main__", "llmprod.products")
-HARNESS_ORDER = ("pipeline", "fingerprints", "track", "results", "runner", "study", "report")
+HARNESS_ORDER = ("pipeline", "fingerprints", "track", "results", "runner", "study", "fanout", "report")
 FILE, PACKAGE, CELL, SECTIONS = 350, 16_850, 35, 30
 
 

@@ -296,7 +296,8 @@ def test_every_target_quotes_what_users_write(make):
     for target in ("reproduce", "iterate", "verify", "report", "bench", "reference", "study", "check", "lab"):
         variables = dict.fromkeys(("PROFILE", "NOTEBOOK", "STUDY", "BENCH", "PARAMS", "SEEDS", "SAMPLE", "STORE"), bad)
         assert make(target, **variables) and make(target, *(f"{name}={value}" for name, value in variables.items()))
-    assert make("study", STUDY="methods rates") == [["llmprod", "study", "methods", "rates"]]
+    assert make("study", STUDY="methods rates") == [["llmprod", "study", "methods", "rates", "--engine=local"]]
+    assert make("study", ENGINE=bad) == [["llmprod", "study", f"--engine={bad}"]]
 
 
 def test_workflows_name_actions_by_commit():

@@ -144,11 +144,12 @@ def stale(name: str) -> list[bool]:
     return old
 
 
-def run(name: str, again: bool = False, jobs: int = 1) -> int:
+def run(name: str, again: bool = False, jobs: int = 1, cluster: tuple[Callable, int] | None = None) -> int:
     """Runs the missing runs of a study, each in a process of its own, and returns their number.
 
     With `again`, also those whose rows are stale. `jobs` runs go on at a time (speeds are then those of a shared
-    machine); a run that fails lets those in progress finish and starts no other.
+    machine); a run that fails lets those in progress finish and starts no other. `cluster`, of `fanout.workers`, has
+    in place of `measure` what measures runs elsewhere, and how many at a time.
 
     Raises LLMProdError if there are uncommitted changes: a row names the commit that made it.
     """
@@ -162,14 +163,15 @@ def run(name: str, again: bool = False, jobs: int = 1) -> int:
     for dataset in {dataset for parameters in missing.values() if (dataset := splits_of(parameters))}:
         prepare(dataset)
     lock = threading.Lock()
+    measuring, places = cluster or (measure, jobs)
 
     def one(k: str) -> str:
-        row = measure(missing[k], jobs)
+        row = measuring(missing[k], jobs)
         with lock:
             write(name, plan, {k: row})
         return ", ".join(f"{p}={v}" for p, v in missing[k].items())
 
-    pool = ThreadPoolExecutor(jobs)
+    pool = ThreadPoolExecutor(places)
     try:
         finished = as_completed([pool.submit(one, k) for k in missing])
         for future in (bar := tqdm(finished, desc=name, total=len(missing))):
