@@ -194,6 +194,11 @@ def test_a_run_has_a_process_of_its_own():
     assert study.in_process("tests.test_study:pid", {}) != os.getpid()
 
 
+def test_a_run_whose_process_dies_is_an_error_and_no_endless_wait():
+    with pytest.raises(LLMProdError, match="dies ended before it had a result"):
+        study.in_process("tests.test_study:dies", {"status": 9})
+
+
 def test_runs_go_on_at_a_time_and_one_that_fails_loses_no_other(tiny, monkeypatch):
     meet = threading.Barrier(2)
 
@@ -242,6 +247,11 @@ def linger(parameters: dict) -> None:
 def pid(parameters: dict) -> int:
     """Whose process it is."""
     return os.getpid()
+
+
+def dies(parameters: dict) -> None:
+    """Ends its process at once."""
+    os._exit(parameters["status"])
 
 
 def test_what_was_not_measured_is_said(tiny):

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
@@ -239,14 +239,19 @@ def in_process(experiment: str, parameters: dict, jobs: int = 1) -> dict:
 
     Forked, if the system can, from a server that has imported everything and computed nothing: a fork of a process
     whose threads have worked would wait for them for ever. Not with a GPU: a library may use CUDA while it is imported
-    (JAX does, which bm25s imports where it is installed), and no fork can use it after that.
+    (JAX does, which bm25s imports where it is installed), and no fork can use it after that. Raises LLMProdError where
+    that process ends before it has a result.
     """
     forks = hasattr(os, "fork") and not torch.cuda.is_available()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([experiment.partition(":")[0]])
-    with context.Pool(1, initializer=begin_process, initargs=(jobs,)) as pool:
-        return pool.apply(experiment_of(experiment), (parameters,))
+    with ProcessPoolExecutor(1, context, begin_process, (jobs,)) as pool:
+        try:
+            return pool.submit(experiment_of(experiment), parameters).result()
+        except BrokenExecutor as error:
+            message = f"The process of {experiment} ended before it had a result: is there enough memory?"
+            raise LLMProdError(message) from error
 
 
 def experiment_of(name: str) -> Callable[[dict], dict]:
