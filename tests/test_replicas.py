@@ -52,7 +52,7 @@ def replicas(running: Running) -> set[int]:
     return found
 
 
-def soon(true, seconds: float = 120) -> bool:
+def soon(true, seconds: float = 240) -> bool:
     """Whether something becomes true in time."""
     deadline = time.monotonic() + seconds
     while not (found := true()) and time.monotonic() < deadline:
