@@ -20,6 +20,11 @@ settings.load_profile("llmprod")
 RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by themselves, for minutes
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are processors: many tests wait for services and processes that they started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_itemcollected(item):
     """Groups tests before xdist reads the groups: those on the smoke run share it, those of a file its fixtures."""
     long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")

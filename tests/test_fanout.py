@@ -29,14 +29,14 @@ from pathlib import Path
 def slow(parameters: dict) -> dict:
     """Notes whose process it is, and works on."""
     Path(parameters["notes"], f"{parameters['seed']}-{os.getpid()}").touch()
-    time.sleep(6)
+    time.sleep(3)
     return {"metrics": {"value": random.Random(parameters["seed"]).random()}, "speeds": {}}
 '''
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout of the working tree with one study, of four runs that take some seconds."""
+    """A checkout of the working tree with one study, of three runs that take some seconds."""
     root = tmp_path / "checkout"
     shutil.copytree(paths.PACKAGE, root / "llmprod", ignore=shutil.ignore_patterns("__pycache__", "repository"))
     shutil.copytree(paths.NOTEBOOKS, root / "notebooks")
@@ -46,7 +46,7 @@ def checkout(tmp_path):
     (tmp_path / "notes").mkdir()
     experiment = {"run": "llmprod.slow:slow", "parameters": {"notes": str(tmp_path / "notes")}}
     declared = {"experiments": {"slow": experiment}, "tiny": {"parameters": {"experiment": "slow"}, "vary": [{}]}}
-    declared["tiny"]["seeds"] = [0, 1, 2, 3]
+    declared["tiny"]["seeds"] = [0, 1, 2]
     (root / "notebooks/studies.yaml").write_text(yaml.safe_dump(declared))
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init"], ["add", "."], ["commit", "-m", "a"]):
@@ -68,7 +68,7 @@ def rows(checkout: Path) -> list[dict]:
     lines = (checkout / "reports/studies/tiny.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     for row in found:
-        del row["provenance"]["minutes"]
+        del row["provenance"]["minutes"], row["provenance"]["machine"]  # which says how many ran at a time
     return found
 
 
@@ -91,12 +91,12 @@ def test_a_node_is_killed_and_the_rows_are_those_of_one_machine(checkout, monkey
         said = process.communicate(timeout=240)[0]
     finally:
         cluster.shutdown()
-    assert process.returncode == 0 and "tiny: 4 runs, 4 in all, 0 of earlier code" in said, said
+    assert process.returncode == 0 and "tiny: 3 runs, 3 in all, 0 of earlier code" in said, said
     assert not any(psutil.pid_exists(pid) for pid in lost), "a run ends with its node"
-    assert len(pids(notes)) == 4 + len(lost), "and is run again, no other"
+    assert len(pids(notes)) == 3 + len(lost), "and is run again, no other"
     spread = rows(checkout)
     shutil.rmtree(checkout / "reports")
-    assert study(checkout).wait(240) == 0
+    assert study(checkout, "--jobs", "3").wait(240) == 0
     assert spread == rows(checkout)
 
 

@@ -60,6 +60,7 @@ def environment(service, home, **more):
     unset = ("WANDB", "TRACKING", "LLMPROD", "XDG")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     own = {"HOME": str(home), "LLMPROD_RUN": str(home / "run"), "MY_PASSWORD": "another-secret", "NO_PROXY": "*"}
+    own["WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL"] = "1"  # seconds, where the client waits 15
     return clean | own | {"WANDB_BASE_URL": service.url, "WANDB_API_KEY": KEY} | more
 
 
@@ -182,7 +183,7 @@ def test_a_killed_run_goes_on_where_the_user_wants_it(online, tmp_path, monkeypa
     variables, quiet = environment(online, tmp_path, WANDB_RESUME="auto"), subprocess.DEVNULL
     process = subprocess.Popen([sys.executable, "-c", KILLED], env=variables, stdout=quiet, stderr=quiet)
     try:
-        wait_until(lambda: any(len(run.history) == 3 for run in online.runs.values()))  # sent every 15 seconds
+        wait_until(lambda: any(len(run.history) == 3 for run in online.runs.values()))
     finally:
         process.kill()
         process.wait()
