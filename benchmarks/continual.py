@@ -100,11 +100,11 @@ def main() -> None:
         found.append({"method": method, "by": side, "learning, s": seconds} | numbers)
     table = pd.DataFrame(found).groupby(["method", "by"], sort=False).agg(["mean", "std"])
     table.columns = [name if which == "mean" else f"{name}, sd" for name, which in table.columns]
-    rows = table.reset_index().to_dict("records")
+    rows = [row.dropna().to_dict() | {"seeds": len(options.seeds)} for _, row in table.reset_index().iterrows()]
     slow = {row["method"]: row["learning, s"] for row in rows if row["by"] == "Avalanche"}
     rows = [row | {"seconds over Avalanche's": row["learning, s"] / slow[row["method"]]} for row in rows]
     print(results.markdown(pd.DataFrame(rows).round(3)))
-    record("continual", rows, seeds=len(options.seeds))
+    record("continual", rows)
 
 
 if __name__ == "__main__":
