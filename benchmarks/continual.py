@@ -1,16 +1,18 @@
 """Continual learning beside the library Avalanche: `make bench BENCH=continual` (`pip install avalanche-lib` first).
 
 Both learn the same phases of 20 Newsgroups, whose topics shift, with the same encoder, LoRA, head, length, batch,
-learning rate and number of passes, in fp32: fine-tuning, EWC and rehearsal with an equal buffer. What stays the
-library's own: its order of texts (ours draws every class equally often), a learning rate that does not fall, and its
-Fisher information, of the true labels and of whole batches (ours draws labels from the model, text by text, as its
-source does). Neither λ was tuned. Avalanche is in no extra: its last release is of October 2024, and it brings
-torchvision and twenty solvers of optimisation problems.
+learning rate and number of passes, in fp32: fine-tuning, EWC and rehearsal. What stays the library's own: its order of
+texts (ours draws every class equally often), a learning rate that does not fall, a buffer of fixed size (equal to ours
+in the last phase, larger before, when fewer phases share it), and its Fisher information, of the true labels and of
+whole batches (ours draws labels from the model, text by text, as its source does). Neither λ was tuned. Avalanche is in
+no extra: its last release is of October 2024, and it brings torchvision and twenty solvers of optimisation problems.
 
     python -m benchmarks.continual [--seeds 0 1 2]
 """
 
 import argparse
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -87,6 +89,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = options.parse_args()
+    if importlib.util.find_spec("avalanche") is None:
+        sys.exit("Avalanche is missing: pip install avalanche-lib")
     machine.set_threads()
     machine.quiet()
     sides: dict[str, Callable] = {"llmprod": continual.run, "Avalanche": of_avalanche}

@@ -191,7 +191,7 @@ while kills < int(sys.argv[4]):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("kind", "kills"), [("surge", 30), ("shift", 20)])
+@pytest.mark.parametrize(("kind", "kills"), [("surge", 50), ("shift", 20)])
 def test_kills_lose_nothing_and_double_nothing(tmp_path, kind, kills):
     name = "" if kind == "surge" else shift.Shift.name
     rows = news(1500, surge_from=600 if kind == "surge" else 1000, apart=60 if kind == "surge" else 3600)
