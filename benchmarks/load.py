@@ -10,8 +10,6 @@ row another bundle is promoted a third of the way, and taken back at two thirds.
 import argparse
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,13 +37,9 @@ def serve(folder: Path, tokens: int) -> None:
 @contextlib.contextmanager
 def served(folder: Path, tokens: int) -> Iterator[str]:
     """The address of a service in a process of its own, once it is ready."""
-    command = [sys.executable, "-m", "benchmarks.load", "--serve", str(folder), "--tokens", str(tokens)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = ["benchmarks.load", "--serve", str(folder), "--tokens", str(tokens)]
+    process, url = load.serve(command, folder.parent / "service.log")
     try:
-        url = process.stdout.readline().rpartition(" ")[2].strip()
-        with httpx2.Client(base_url=url, transport=httpx2.HTTPTransport(retries=100)) as waiting:
-            while waiting.get("/ready").status_code != 200:
-                time.sleep(0.1)
         yield url
     finally:
         process.terminate()

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -312,23 +310,10 @@ class Running:
     """A service in a process of its own."""
 
     def __init__(self, served: Path, *options: str, **environment: str):
-        command = [sys.executable, "-m", "llmprod", "serve", str(served), "--port", "0", *options]
         self.log = served.parent / f"{time.monotonic_ns()}.log"
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=os.environ | environment
-        )
-        self.url = self.process.stdout.readline().rpartition(" ")[2].strip()
-        assert self.url, self.log.read_text()
+        command = ["llmprod", "serve", str(served), "--port", "0", *options]
+        self.process, self.url = load.serve(command, self.log, **environment)
         self.http = httpx2.Client(base_url=self.url, timeout=30)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                if self.http.get("/ready").status_code == 200:
-                    return
-            except httpx2.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
 
     def logged(self, text: str) -> bool:
         """Whether a text comes to stand in the log, which is written after the answer was sent."""
@@ -418,6 +403,18 @@ def test_the_trace_of_the_client_is_kept(running):
     assert trace in reply.headers["traceparent"] and running.logged(f'"trace": "{trace}"')
     own = running.http.post("/classify", json={"texts": ["oil"]}, headers={"traceparent": "x"}).headers["traceparent"]
     assert guard.TRACE.fullmatch(own)
+
+
+def test_a_service_that_does_not_get_ready_is_one_error_and_leaves_no_process(tmp_path, monkeypatch):
+    with pytest.raises(LLMProdError, match="no-such-folder"):
+        load.serve(["llmprod", "serve", str(tmp_path / "no-such-folder"), "--port", "0"], tmp_path / "log")
+    (tmp_path / "silent.py").write_text("import os, time\nprint(os.getpid(), file=open('pid', 'w'))\ntime.sleep(60)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "READY", 1.5)
+    with pytest.raises(LLMProdError, match="did not get ready"):
+        load.serve(["silent"], tmp_path / "log", PYTHONPATH=str(tmp_path))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_the_load_benchmark_exchanges_bundles_and_loses_nothing(registry, tmp_path):

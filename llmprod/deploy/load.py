@@ -1,4 +1,4 @@
-"""Load tests: clients that ask a running service one text after the other; in a process of their own.
+"""Load tests: a service, and clients that ask it one text after the other, each in processes of their own.
 
 `python -m llmprod.deploy.load http://127.0.0.1:8000 texts.json --clients 16 --seconds 5` prints "on" when it has the
 first answer, then one line of JSON.
@@ -6,9 +6,12 @@ first answer, then one line of JSON.
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +22,37 @@ import numpy as np
 
 from llmprod import LLMProdError
 
+READY = 120.0  # seconds that a service may take until it is ready
 ON = "on"  # the first line of the process: the service has answered, the load begins
+
+
+def serve(command: Sequence[str], log: Path, **environment: str) -> tuple[subprocess.Popen, str]:
+    """Starts a service in a process of its own; returns the process and its address once the service is ready.
+
+    Args:
+        command: what follows `python -m`; it must print a line that ends with its address, as `llmprod serve` does
+        log: the file that holds what it says besides
+        environment: variables that it has besides this process's
+
+    Raises LLMProdError, with the end of the log, where it ends before it is ready or takes longer than `READY` seconds.
+    """
+    with log.open("w", encoding="utf-8") as said:
+        command = [sys.executable, "-m", *command]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ | environment
+        )
+    limit = threading.Timer(READY, process.kill)
+    limit.start()
+    try:
+        url = process.stdout.readline().rpartition(" ")[2].strip()
+        while process.poll() is None:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{url}/ready").status_code == 200:
+                    return process, url
+            time.sleep(0.1)
+    finally:
+        limit.cancel()
+    raise LLMProdError(f"The service did not get ready ({log}): {log.read_text(encoding='utf-8')[-1000:].strip()}")
 
 
 async def client(

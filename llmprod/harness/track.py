@@ -110,6 +110,8 @@ class Run:
         if self.wandb.offline:
             do()
             return
+        if self.lost:
+            return
         problems = []
 
         def attempt() -> None:
@@ -118,8 +120,6 @@ class Run:
             except Exception as error:  # W&B's client raises errors of many kinds, ValueError among them
                 problems.append(first_line(error))
 
-        if self.lost:
-            return
         thread = threading.Thread(target=attempt, daemon=True)  # which holds up neither the notebook nor its end
         thread.start()
         thread.join(self.patience or None)  # 0 is no limit, as in W&B's own setting
