@@ -82,7 +82,7 @@ crate: $(READY)  ## pack the last run as an RO-Crate (CRATE, or runs/crates/PROF
 report: $(READY)  ## write the report and the generated parts of the READMEs
 	$(LLMPROD) report --profile="$$PROFILE"
 
-bench: $(READY)  ## run BENCH: training, serving, load, monitor, recommendation, support, peers, continual or verdict
+bench: $(READY)  ## run BENCH: training, serving, load, monitor, recommendation, support, peers, continual, scaling or verdict
 	"$$BIN/python" -m "benchmarks.$$BENCH"
 
 fuzz: $(READY)  ## try the tests that vary their inputs on 2,000 each, where `make test` takes 200

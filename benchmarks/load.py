@@ -35,10 +35,10 @@ def serve(folder: Path, tokens: int) -> None:
 
 
 @contextlib.contextmanager
-def served(folder: Path, tokens: int) -> Iterator[str]:
+def served(folder: Path, tokens: int, log: Path) -> Iterator[str]:
     """The address of a service in a process of its own, once it is ready."""
     command = ["benchmarks.load", "--serve", str(folder), "--tokens", str(tokens)]
-    process, url = load.serve(command, folder.parent / "service.log")
+    process, url = load.serve(command, log)
     try:
         yield url
     finally:
@@ -62,7 +62,7 @@ def measure(folder: Path, texts: Path, plan: Sequence[tuple[str, int]], seconds:
     current = registry.state()["current"]
     other = next(path.name for path in folder.iterdir() if path.is_dir() and path.name != current)
     for name, count in tqdm(plan, desc="load tests"):
-        with served(folder, 1 if name == PEER else Limits().tokens) as url:
+        with served(folder, 1 if name == PEER else Limits().tokens, texts.with_name("service.log")) as url:
             asking = load.start(url, texts, count, seconds)
             if name == EXCHANGE:
                 exchange(url, registry, other, seconds)

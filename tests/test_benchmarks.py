@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
-from benchmarks import load, serving, verdict
+import pytest
+
+from benchmarks import load, record, scaling, serving, verdict
 from llmprod import paths
 from llmprod.harness import report
 
@@ -70,3 +73,27 @@ def test_load_is_beside_the_peer_with_as_many_clients_and_beside_one_client():
     found = load.ratios([dict(zip(("service", "clients", "requests/s", "p99, ms"), row, strict=True)) for row in rows])
     assert [row["requests/s over one text at a time"] for row in found] == [1, 1, 1.1, 3, 2.5]
     assert [row["p99 over one client's"] for row in found] == [1, 9, 1, 5, 6]
+
+
+@pytest.mark.parametrize("step, size", [(step, 16) for step in scaling.STEPS])
+def test_every_step_of_the_scaling_benchmark_runs(step, size, tmp_path):
+    what, *_, sizes, _ = scaling.STEPS[step]
+    found = what(size, tmp_path)
+    assert found["seconds"] > 0 and found.get("disk, MB", 1) > 0 and list(sizes) == sorted(sizes)
+
+
+def test_larger_sizes_are_reckoned_from_the_two_largest(monkeypatch, tmp_path):
+    """A constant and a part that grows by the order; noise of a twentieth is not magnified a thousand times."""
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    assert scaling.reckon([1, 10, 20], [9.0, 3.0, 5.0], 1, 100) == pytest.approx(21)
+    assert scaling.reckon([10, 20], [1 + 1e3, 1 + 8e3], 3, 100) == pytest.approx(1 + 1e6)
+    assert scaling.reckon([10, 20], [500, 510], 1, 10**9) == 510
+    child = scaling.measure("EASE", 20)
+    assert child["seconds"] > 0 and child["memory, MB"] > 50, "in a process of its own"
+    quick, slow = {"seconds": 4.0, "memory, MB": 600.0}, {"seconds": 32.0, "memory, MB": 1200.0}
+    row = scaling.summary("EASE", [1000, 2000], [quick, slow])
+    assert row["exponent"] == pytest.approx(3) and row["at 1e+06"] == "127 years, 200 TB memory"
+    record("scaling", [row])
+    assert "| EASE | 13 | 2,000 items | 32 s, 1.2 GB memory | n^3 (3.00) | 127 years, 200 TB memory |" in re.sub(
+        " +", " ", report.result_table("scaling", "en")
+    )

@@ -97,7 +97,9 @@ def update(path: Path, language: str) -> str:
     return re.sub(pattern, renew, path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-GENERATED = {"README.md": "en", "README.zh.md": "zh", "docs/ARCHITECTURE.md": "en", "docs/DEPLOY.md": "en"}
+GENERATED = {"README.md": "en", "README.zh.md": "zh"} | dict.fromkeys(
+    ("docs/ARCHITECTURE.md", "docs/DEPLOY.md", "docs/SCALING.md"), "en"
+)
 
 
 def generate() -> None:
