@@ -111,7 +111,7 @@ def ease(count: int, folder: Path) -> Measured:
 
     from llmprod.recommendation import scorers
 
-    seen = sparse.random(2 * count, count, density=20 / count, format="csr", random_state=0, dtype=np.float32)
+    seen = sparse.random(2 * count, count, density=min(1, 20 / count), format="csr", random_state=0, dtype=np.float32)
     started = time.perf_counter()
     scorers.ease(seen)
     return {"seconds": time.perf_counter() - started}
