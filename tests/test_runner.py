@@ -520,7 +520,7 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("body,topic\n" + "\n".join(rows) + "\n")
     home = {"LLMPROD_HOME": str(tmp_path / "home")}
-    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2"
+    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2"
     command = ("reproduce", "--profile", "smoke", "--notebook", "03_evaluate")
     wrong = llmprod(*command, "--params", f"{common} text_column=text label_column=topic", **home)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
@@ -552,7 +552,7 @@ def test_the_gpu_profile_runs_with_a_shrunken_model(tmp_path):
     parameters = (
         f"model={tmp_path}/bert frozen_model={tmp_path}/bert train_rows=240 test_rows=120 epochs=1 resamples=20"
     )
-    parameters += " latency_texts=2 foreign_texts=20 robust_texts=10 explained_texts=2"
+    parameters += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2"
     command = ("reproduce", "--profile", "gpu", "--notebook", "03_evaluate", "--params", parameters)
     done = llmprod(*command, LLMPROD_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr[-2000:]
