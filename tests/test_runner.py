@@ -520,7 +520,8 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("body,topic\n" + "\n".join(rows) + "\n")
     home = {"LLMPROD_HOME": str(tmp_path / "home")}
-    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2"
+    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2"
+    common += " foreign_texts=10 robust_texts=4 explained_texts=2"
     command = ("reproduce", "--profile", "smoke", "--notebook", "03_evaluate")
     wrong = llmprod(*command, "--params", f"{common} text_column=text label_column=topic", **home)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
