@@ -22,7 +22,7 @@ import numpy as np
 
 from llmprod import LLMProdError
 
-READY = 120.0  # seconds that a service may take until it is ready
+READY = 300.0  # seconds that a service may take until it is ready: replicas on a busy machine need minutes
 ON = "on"  # the first line of the process: the service has answered, the load begins
 
 
