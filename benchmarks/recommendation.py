@@ -33,8 +33,7 @@ from scipy.sparse import csr_matrix, load_npz, save_npz
 from threadpoolctl import threadpool_limits
 
 from benchmarks import record
-from llmprod import machine
-from llmprod.harness import study
+from llmprod import machine, workers
 from llmprod.recommendation import catalogues, ranking, reranker, scorers
 
 CANDIDATES = 120
@@ -297,13 +296,13 @@ def main() -> None:
         items = round(50_000 * (users / 200_000) ** 0.7)
         with tempfile.TemporaryDirectory() as folder:
             size = {"interactions": count, "users": users, "items": items, "seed": options.seed, "folder": folder}
-            study.in_process(f"{__name__}:prepare", size)
+            workers.run(f"{__name__}:prepare", size)
             for model in options.models:
                 start = f"| {count:,} | {users:,} × {items:,} | {model} |"
                 if model == "EASE" and items > EASE_ITEMS:
                     print(f"{start} | | | | not run: 4 items² doubles are {32e-9 * items**2:.0f} GB |", flush=True)
                     continue
-                row = study.in_process(f"{__name__}:measure", size | {"model": model})
+                row = workers.run(f"{__name__}:measure", size | {"model": model})
                 numbers = f" {row['seconds']:.2f} | {row['own']:.0f} | {row['peak']:.0f} |"
                 print(f"{start}{numbers} {row['quality']} | {row['note']} |", flush=True)
                 rows.append(row)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread for each worker: two processes that share cores wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 
-settings.register_profile("llmprod", deadline=None, max_examples=200)  # a busy machine is no failure
+settings.register_profile("llmprod", deadline=None, max_examples=100)  # a busy machine is no failure
 settings.register_profile("nightly", deadline=None, max_examples=2000)  # make fuzz
 settings.load_profile("llmprod")
 

@@ -11,7 +11,9 @@ from llmprod import paths
 # Called or read by a library (torch, transformers, optuna, onnxruntime, requests, html.parser, IPython, ipywidgets,
 # pydantic, starlette, rocrate, ray), or, as `severity`, the key that a dataclass gives to a record.
 HOOKS = [
+    "_load_from_checkpoint",
     "_render_traceback_",
+    "_save",
     "attrs",
     "base_model_prefix",
     "check_health",
@@ -35,8 +37,10 @@ HOOKS = [
     "pooler",
     "safe_output_keys",
     "sampler",
+    "set_epoch",
     "severity",
     "should_training_stop",
+    "state_dict",
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmprod import LLMProdError, data, paths
+from llmprod import LLMProdError, data, paths, workers
 from llmprod.harness import fingerprints, pipeline, study
 
 
@@ -229,7 +229,7 @@ def test_every_function_that_an_experiment_runs_counts(tmp_path, experiment):
     declared = study.defaults(experiment)
     run = study.declarations()["experiments"][experiment]["run"]
     parameters = declared | {k: v for k, v in small.items() if k in declared or k == "splits"}
-    call = study.experiment_of(run)
+    call = workers.function(run)
     ran = executed(lambda: call(parameters))
     module, _, function = run.partition(":")
     counted = set(fingerprints.reached(fingerprints.syntax_tree(f"from {module} import {function}\n{function}")))

@@ -152,11 +152,11 @@ def test_committed_copies_tell_nothing_of_their_machine(folder):
 
 
 def test_nbval_reproduces_the_checked_cells(tmp_path):
-    """nbval runs the smoke copies of the first two again, in order, and compares the cells that are marked.
+    """nbval runs the smoke copy of the first again, and compares the cells that are marked.
 
     The marked cells of all notebooks are compared in `test_smoke_run_gives_the_numbers_of_the_committed_copies`.
     """
-    names = ["01_data", "02_finetune"]
+    names = ["01_data"]
     options = ["--nbval-lax", "--nbval-cell-timeout=600", "-p", "no:cacheprovider", "-o", "addopts=", "-q"]
     done = subprocess.run(
         [

@@ -308,7 +308,7 @@ def test_workflows_name_actions_by_commit():
 
 
 def test_the_nightly_target_tries_more():
-    assert settings.get_profile("nightly").max_examples == 2000 and settings.get_profile("llmprod").max_examples == 200
+    assert settings.get_profile("nightly").max_examples == 2000 and settings.get_profile("llmprod").max_examples == 100
     assert "-m hypothesis --hypothesis-profile nightly" in (paths.ROOT / "Makefile").read_text()
 
 

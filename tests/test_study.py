@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llmprod import LLMProdError, data, machine, paths
+from llmprod import LLMProdError, data, machine, paths, workers
 from llmprod.harness import check, results, study
 
 from .test_fingerprints import statement_in
@@ -45,7 +45,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "work", lambda dataset: tmp_path / "work")
     monkeypatch.setattr(study, "prepare", lambda dataset: None)
     monkeypatch.setattr(study, "require_commit", lambda: None)
-    monkeypatch.setattr(study, "in_process", lambda name, parameters, jobs: study.experiment_of(name)(parameters))
+    monkeypatch.setattr(workers, "run", lambda name, parameters, jobs: workers.function(name)(parameters))
     return tmp_path, declaration
 
 
@@ -181,7 +181,7 @@ def test_a_row_of_uncommitted_code_is_refused(monkeypatch, tmp_path):
 def test_the_rows_before_it_do_not_make_a_rows_commit_uncommitted(monkeypatch):
     """They are tracked, so that the second row of a study would name a changed checkout."""
     monkeypatch.setattr(machine, "git_commit", lambda: "0123456789ab+")
-    monkeypatch.setattr(study, "in_process", lambda *_: {"metrics": {}, "speeds": {}})
+    monkeypatch.setattr(workers, "run", lambda *_: {"metrics": {}, "speeds": {}})
     for changed, plus in (([], ""), (["llmprod/a.py"], "+")):  # code that was changed while the study ran is named
         monkeypatch.setattr(study, "uncommitted", lambda changed=changed: changed)
         row = study.measure({"experiment": "weak labels", "dataset": "sentiment-human", "seed": 0})
@@ -190,13 +190,13 @@ def test_the_rows_before_it_do_not_make_a_rows_commit_uncommitted(monkeypatch):
 
 def test_a_run_has_a_process_of_its_own():
     parameters = {"model": "minilm", "max_length": 16}
-    assert study.in_process("builtins:dict", parameters) == parameters
-    assert study.in_process("tests.test_study:pid", {}) != os.getpid()
+    assert workers.run("builtins:dict", parameters) == parameters
+    assert workers.run("tests.test_study:pid", {}) != os.getpid()
 
 
 def test_a_run_whose_process_dies_is_an_error_and_no_endless_wait():
     with pytest.raises(LLMProdError, match="dies ended before it had a result"):
-        study.in_process("tests.test_study:dies", {"status": 9})
+        workers.run("tests.test_study:dies", {"status": 9})
 
 
 def test_runs_go_on_at_a_time_and_one_that_fails_loses_no_other(tiny, monkeypatch):
@@ -208,7 +208,7 @@ def test_runs_go_on_at_a_time_and_one_that_fails_loses_no_other(tiny, monkeypatc
             raise LLMProdError("no space left")
         return {"metrics": {"accuracy": 1.0}, "speeds": {}}
 
-    monkeypatch.setattr(study, "in_process", together)
+    monkeypatch.setattr(workers, "run", together)
     with pytest.raises(LLMProdError, match="no space left"):
         study.run("tiny", jobs=2)
     found = [(row["parameters"]["seed"], row["parameters"]["strategy"]) for row in study.rows("tiny")]
@@ -217,9 +217,7 @@ def test_runs_go_on_at_a_time_and_one_that_fails_loses_no_other(tiny, monkeypatc
 
 
 def test_a_killed_study_leaves_no_process(tmp_path):
-    code = (
-        "import sys; from llmprod.harness import study; study.in_process('tests.test_study:linger', {'p': sys.argv[1]})"
-    )
+    code = "import sys; from llmprod import workers; workers.run('tests.test_study:linger', {'p': sys.argv[1]})"
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "pid")], cwd=paths.ROOT)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert parent.poll() is None

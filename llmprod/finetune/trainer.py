@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 
 from llmprod import artifacts
 from llmprod.finetune import methods
+from llmprod.finetune.callbacks import WEIGHTS, AllocateRanks, KeepBest, scores
 from llmprod.finetune.recipe import Recipe
 from llmprod.machine import device_and_precision
 from llmprod.models import Classifier, ModelError, Predictor
@@ -61,6 +62,10 @@ class TokenBudget(Sampler):
     def __len__(self) -> int:
         return self.batches
 
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's batches come next; the Trainer says so, so that a resumed run has those of its own epoch."""
+        self.epoch = epoch
+
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
             noise, order = np.zeros(len(self.lengths)), range(self.batches)
@@ -76,6 +81,23 @@ class TokenBudget(Sampler):
         batches = np.split(rows, np.flatnonzero(np.diff(number)) + 1)
         # a text longer than a run can leave the next run empty: then there are fewer batches than planned
         yield from (batches[i].tolist() for i in order if i < len(batches))
+
+
+class Share(Sampler):
+    """One process's share of every batch: of n processes the i-th takes rows i, i + n, … of it.
+
+    A batch of fewer rows than there are processes goes to all of them. So together they take the steps of one process.
+    """
+
+    def __init__(self, batches: TokenBudget, number: int, of: int):
+        self.batch_sampler, self.number, self.of = batches, number, of  # the Trainer looks for the first to set epochs
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batch_sampler:
+            yield batch if len(batch) < self.of else batch[self.number :: self.of]
 
 
 @dataclass
@@ -123,10 +145,11 @@ class Trainer(transformers.Trainer):
         """Batches of a tokenised data set by token budget."""
         columns = [c for c in ("input_ids", "token_type_ids", "attention_mask", "labels") if c in dataset.column_names]
         lengths = [len(ids) for ids in dataset["input_ids"]]
-        batches = TokenBudget(lengths, budget, seed)
-        return self.accelerator.prepare(
-            DataLoader(dataset.select_columns(columns), batch_sampler=batches, collate_fn=collator)
-        )
+        batches, processes = TokenBudget(lengths, budget, seed), self.accelerator.num_processes
+        if processes > 1 and seed is not None:  # each evaluates on all texts
+            batches = Share(batches, self.accelerator.process_index, processes)
+        loader = DataLoader(dataset.select_columns(columns), batch_sampler=batches, collate_fn=collator)
+        return loader if processes > 1 else self.accelerator.prepare(loader)
 
     def get_train_dataloader(self) -> DataLoader:
         """Training batches, another mix in every epoch."""
@@ -161,7 +184,10 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy plus the recipe's regularisation losses; in evaluation cross-entropy alone."""
+        """Cross-entropy plus the recipe's regularisation losses; in evaluation cross-entropy alone.
+
+        Of several processes each returns its share of the batch's loss: the Trainer takes the mean of the gradients.
+        """
         recipe, labels = self.recipe, inputs["labels"]
         texts = {name: value for name, value in inputs.items() if name != "labels"}
         if not model.training:
@@ -182,6 +208,9 @@ class Trainer(transformers.Trainer):
             loss = loss + recipe.r_drop * both / 2
         if recipe.contrastive:
             loss = loss + recipe.contrastive * supervised_contrastive(outputs.vectors, labels)
+        if (processes := self.accelerator.num_processes) > 1:
+            mine = torch.tensor(float(len(labels)), device=labels.device)
+            loss = loss * mine * processes / self.accelerator.reduce(mine.clone())
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -196,6 +225,15 @@ class Trainer(transformers.Trainer):
             finally:
                 self.shift = None
         return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes the trained weights alone into a checkpoint; the others are those of the pretrained model."""
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(methods.trained_state(self.model), Path(output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Reads what `_save` wrote."""
+        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS), strict=False)
 
     def perturb(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
         """Hook on the embeddings' output: keeps its gradient in the first pass, shifts it in the second."""
@@ -229,39 +267,6 @@ def supervised_contrastive(vectors: torch.Tensor, labels: torch.Tensor, temperat
     return -(log_share.masked_fill(~positive, 0).sum(1)[has] / positive.sum(1)[has]).mean()
 
 
-class AllocateRanks(TrainerCallback):
-    """Calls AdaLoRA's re-allocation of ranks after every step, before the gradients are cleared."""
-
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """The library's hook."""
-        methods.allocate_ranks(model, state.global_step)
-
-
-class KeepBest(TrainerCallback):
-    """Restores, at the end, the trained weights of the epoch with the best validation accuracy."""
-
-    best, weights = -1.0, None
-
-    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-        """The library's hook."""
-        if metrics["eval_accuracy"] > self.best:
-            self.best, self.weights = metrics["eval_accuracy"], methods.trained_state(model)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        """The library's hook."""
-        if self.weights is not None:
-            model.load_state_dict(self.weights, strict=False)
-
-
-def scores(outputs: transformers.EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro-F1 on validation, after every epoch."""
-    predictions = outputs.predictions.argmax(axis=-1)
-    return {
-        "accuracy": accuracy_score(outputs.label_ids, predictions),
-        "macro_f1": f1_score(outputs.label_ids, predictions, average="macro", zero_division=0),
-    }
-
-
 def trainer(
     predictor: Predictor,
     train: Dataset,
@@ -271,11 +276,13 @@ def trainer(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
+    resumable: bool = False,
 ) -> Trainer:
     """Prepares a classifier for the recipe's method, in place, and returns the Trainer that will train it.
 
     `train` and `validation` are tokenised (`tokenize`). After every epoch the Trainer evaluates on `validation`, stops
-    early, and at the end keeps the epoch with the best accuracy; without a validation set it trains all epochs.
+    early, and at the end keeps the epoch with the best accuracy; without a validation set it trains all epochs. If
+    `resumable`, it writes a checkpoint into `folder` after every epoch, from which `train` can go on.
 
     Raises ModelError for a setting that can have no effect.
     """
@@ -297,7 +304,9 @@ def trainer(
         bf16=precision == "bf16",
         optim="adamw_torch_fused",
         eval_strategy="no" if validation is None else "epoch",
-        save_strategy="no",
+        save_strategy="epoch" if resumable else "no",
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         metric_for_best_model="accuracy",
         report_to="none",
         disable_tqdm=not progress,

@@ -1,7 +1,7 @@
 """Results and the verdict on them.
 
-A result is never apart from its protocol: all parameters but the seed, the checksums of data and model, and the
-protocols of the notebooks it builds on. A verdict compares only what has the same protocol.
+A result is never apart from its protocol: all parameters but those of `OUTSIDE`, the checksums of data and model, and
+the protocols of the notebooks it builds on. A verdict compares only what has the same protocol.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from llmprod.tables import shown
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
 EDITED, BLUNT = "EDITED", "BLUNT"
+OUTSIDE = {"seed", "processes"}  # a seed is judged over seeds, and a number of processes changes nothing but rounding
 COLUMNS = ["notebook", "metric", "published", "reference", "yours", "tolerance", "notices", "verdict", "reason"]
 SHARP = 0.2  # a row that would not notice a change by this share of its value is shown, and not called reproduced
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and what turns the direction of a text
@@ -57,7 +58,7 @@ def record(
     """
     counts, speeds = counts or {}, speeds or {}
     checksums = {f"sha256 of {name}": value for name, value in (checksums or {}).items()}
-    protocol = {name: value for name, value in run.parameters.items() if name != "seed"} | checksums
+    protocol = {name: value for name, value in run.parameters.items() if name not in OUTSIDE} | checksums
     needed = [read_json(run.folder / "results" / f"{name}.json") for name in pipeline()[run.notebook]["needs"]]
     protocol |= {upstream["notebook"]: upstream["protocol"] for upstream in needed}
     numbers = n if isinstance(n, Mapping) else {"": n}
@@ -221,9 +222,9 @@ def fails(table: pd.DataFrame, parameters: Mapping[str, object]) -> bool:
     """Whether a verdict table shows anything but results that are reproduced or too blunt to say so.
 
     NOT COMPARABLE, which a missing reference is too, is no failure where the run set a parameter of the notebook, or of
-    one that it builds on: that was the aim. The seed is not part of the protocol, so it excuses nothing.
+    one that it builds on: that was the aim. What is `OUTSIDE` of the protocol excuses nothing.
     """
-    own = set(parameters) - {"seed"}
+    own = set(parameters) - OUTSIDE
     changed = [n for n in pipeline() if any(not own.isdisjoint(declared(m)) for m in with_upstream(n))]
     excused = (table["verdict"] == NOT_COMPARABLE) & table["notebook"].isin(changed)
     return bool((~excused & ~table["verdict"].isin([REPRODUCED, BLUNT])).any())

@@ -5,23 +5,19 @@ missing; the rows are committed under `reports/studies/`, and notebooks show the
 """
 
 import hashlib
-import importlib
 import itertools
 import json
-import multiprocessing
-import os
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
-from llmprod import LLMProdError, artifacts, files, machine, paths, shapes
+from llmprod import LLMProdError, artifacts, files, machine, paths, shapes, workers
 from llmprod.harness import fingerprints, pipeline, results, runner
 from llmprod.tables import shown
 
@@ -194,7 +190,7 @@ def measure(parameters: Mapping[str, object], jobs: int = 1) -> dict[str, object
     if dataset := splits_of(parameters):
         everything["splits"] = str(work(dataset) / "work" / "01_data" / "splits")
     started, fingerprint = time.time(), code(parameters)
-    found = in_process(experiment["run"], everything, jobs)
+    found = workers.run(experiment["run"], everything, jobs)
     stamp = {
         "minutes": round((time.time() - started) / 60, 2),
         "machine": machine.describe() + (f", {jobs} runs at a time" if jobs > 1 else ""),
@@ -230,48 +226,6 @@ def require_commit() -> None:
     if changed:
         names = ", ".join(changed[:5])
         raise LLMProdError(f"A row names the commit that made it, and {names} differ from it. Commit, then run again.")
-
-
-def in_process(experiment: str, parameters: dict, jobs: int = 1) -> dict:
-    """The result of an experiment (`module:function`) from a process of its own, so that its peak memory is its own.
-
-    It gets the `jobs`-th part of the processors, unless $OMP_NUM_THREADS says otherwise.
-
-    Forked, if the system can, from a server that has imported everything and computed nothing: a fork of a process
-    whose threads have worked would wait for them for ever. Not with a GPU: a library may use CUDA while it is imported
-    (JAX does, which bm25s imports where it is installed), and no fork can use it after that. Raises LLMProdError where
-    that process ends before it has a result.
-    """
-    forks = hasattr(os, "fork") and not torch.cuda.is_available()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload([experiment.partition(":")[0]])
-    with ProcessPoolExecutor(1, context, begin_process, (jobs,)) as pool:
-        try:
-            return pool.submit(experiment_of(experiment), parameters).result()
-        except BrokenExecutor as error:
-            message = f"The process of {experiment} ended before it had a result: is there enough memory?"
-            raise LLMProdError(message) from error
-
-
-def experiment_of(name: str) -> Callable[[dict], dict]:
-    """The function that `module:function` names."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def begin_process(jobs: int) -> None:
-    """Sets threads and log level, and ends this process with its parent: a killed study leaves nothing running."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // jobs)))
-    machine.set_threads()
-    machine.quiet()
 
 
 def prepare(dataset: str) -> None:
