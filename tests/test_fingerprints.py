@@ -219,7 +219,7 @@ def statement_at(module: str, line: int) -> ast.stmt:
     return found
 
 
-@pytest.mark.parametrize("experiment", ["finetune", "setfit", "active learning", "continual learning"])
+@pytest.mark.parametrize("experiment", ["finetune", "active learning", "continual learning"])
 def test_every_function_that_an_experiment_runs_counts(tmp_path, experiment):
     """What is found by running it is among what is found by reading it."""
     table = data.drop_duplicates(data.clean(data.load("reuters-r8"))[0])[0]

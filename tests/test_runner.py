@@ -507,10 +507,24 @@ def test_provenance_stamp(smoke_run):
 # Failures
 
 
-def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
+@pytest.fixture
+def shrunken(tmp_path):
+    """The folder of a BERT of one layer, with the real tokenizer and random weights."""
+    minilm = models.model_folder("minilm")
+    config = BertConfig.from_pretrained(minilm, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    config.intermediate_size = 64
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (minilm / name).exists():
+            shutil.copy(minilm / name, tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_bring_your_own_file_end_to_end_in_the_gpu_profile_and_its_errors(tmp_path, shrunken):
     """One command for a file of one's own; a wrong column is one clear message, and the next run goes on.
 
-    Up to 03, since what comes after it takes minutes and reads other data, or the same splits.
+    Up to 03, since what comes after it takes minutes and reads other data, or the same splits. In the profile for a GPU
+    with its own parameters and two processes, so that no name is first tried on somebody's GPU.
     """
     rows = [
         f'"{text} number {i}",{label}'
@@ -520,9 +534,9 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("body,topic\n" + "\n".join(rows) + "\n")
     home = {"LLMPROD_HOME": str(tmp_path / "home")}
-    common = f"dataset={path} max_length=16 epochs=1 resamples=20 latency_texts=2"
-    common += " foreign_texts=10 robust_texts=4 explained_texts=2"
-    command = ("reproduce", "--profile", "smoke", "--notebook", "03_evaluate")
+    common = f"dataset={path} model={shrunken} frozen_model={shrunken} epochs=1 processes=2 resamples=20"
+    common += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2"
+    command = ("reproduce", "--profile", "gpu", "--notebook", "03_evaluate")
     wrong = llmprod(*command, "--params", f"{common} text_column=text label_column=topic", **home)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert (
@@ -539,29 +553,10 @@ def test_bring_your_own_file_end_to_end_and_its_errors(tmp_path):
     assert json.loads(result.read_text())["metrics"]["accuracy"]["n"] == 24
     table = results.verify(result.parents[1]).query("notebook == '03_evaluate'")
     assert (table["verdict"] == results.NOT_COMPARABLE).all() and table["reason"].str.contains("dataset: ").all()
-
-
-def test_the_gpu_profile_runs_with_a_shrunken_model(tmp_path):
-    """Its own parameters, on few texts with a BERT of one layer, in two processes; no name is first tried there."""
-    minilm = models.model_folder("minilm")
-    shrunken = BertConfig.from_pretrained(minilm, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
-    shrunken.intermediate_size = 64
-    BertModel(shrunken).save_pretrained(tmp_path / "bert")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        if (minilm / name).exists():
-            shutil.copy(minilm / name, tmp_path / "bert")
-    parameters = (
-        f"model={tmp_path}/bert frozen_model={tmp_path}/bert train_rows=240 test_rows=120 epochs=1 resamples=20"
-    )
-    parameters += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2 processes=2"
-    command = ("reproduce", "--profile", "gpu", "--notebook", "03_evaluate", "--params", parameters)
-    done = llmprod(*command, LLMPROD_HOME=str(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    (result,) = (tmp_path / "home/runs").rglob("02_finetune.json")
+    protocol = json.loads((result.parent / "02_finetune.json").read_text())["protocol"]
     own = pipeline.profile("gpu")["02_finetune"]
-    protocol = json.loads(result.read_text())["protocol"]
     kept = {name: value for name, value in own.items() if name not in ("model", "epochs")}
-    assert kept and kept == {name: protocol[name] for name in kept}
+    assert kept and kept == {name: protocol[name] for name in kept} and "processes" not in protocol
 
 
 def test_a_model_that_can_not_be_had_has_a_stand_in(monkeypatch, capsys, empty_cache):
