@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llmprod import LLMProdError, machine
@@ -14,6 +14,9 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so its ports are on loopback, whatever the system
 with extra("ray"):
     import ray
+
+
+RETRIES = 3  # of a call whose node or process was lost; one that fails by itself is not tried again
 
 
 @contextmanager
@@ -43,3 +46,30 @@ def connected(processors: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def tasks(function: Callable, jobs: int = 0) -> Iterator[tuple[Callable, int]]:
+    """Within the block, what calls a function on a node of the cluster, and how many calls run at a time.
+
+    A call gets the `jobs`-th part of a node, its GPUs included; with 0 a processor, and a GPU where there are any. It
+    raises what the function raises, and LLMProdError where it was lost again and again.
+    """
+    with connected():
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node for node in nodes if node.get("GPU")] or [node for node in nodes if node.get("CPU")]
+        processors = max(1, int(min(node.get("CPU", 1) for node in nodes) / jobs)) if jobs else 1
+        gpus = min(node.get("GPU", 0) for node in nodes)
+        gpus = gpus / jobs if jobs else min(1, gpus)
+        gpus = int(gpus) if gpus > 1 else gpus  # Ray knows halves, no one and a half
+        task = ray.remote(max_retries=RETRIES, num_cpus=processors, num_gpus=gpus)(function)
+
+        def call(*arguments: object) -> object:
+            try:
+                return ray.get(task.remote(*arguments))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise LLMProdError(f"A run was lost {RETRIES + 1} times with its process or node: {error}") from error
+
+        yield call, sum(int(node.get("CPU", 1) // processors) for node in nodes)

@@ -1,6 +1,7 @@
-"""The commands that use what the notebooks saved: answer, serve, feedback, iterate, monitor, topics, alerts."""
+"""The commands that use what the notebooks saved: answer, serve, score, feedback, iterate, monitor, topics, alerts."""
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -38,6 +39,16 @@ def add(command: Callable[..., argparse.ArgumentParser], profile: argparse.Argum
     serving.add_argument("--page", action="store_true", help="a page to try it, at /")
     what = "so many processes on a Ray cluster ($RAY_ADDRESS, or a local one); one that dies is replaced"
     serving.add_argument("--replicas", type=number(int, 1), default=0, metavar="N", help=what)
+
+    batch = command(
+        "score", score_corpus, "label a corpus, file by file, with a bundle or the current one of a registry"
+    )
+    batch.add_argument("corpus", help="a file of rows (CSV, TSV, JSON, Parquet; packed or not), or a folder of them")
+    batch.add_argument("folder", help="where to: for a.csv there a.csv.parquet, with label, confidence and sure")
+    batch.add_argument("--bundle", default=served, help="a bundle or a registry (%(default)s)")
+    batch.add_argument("--text-column", default="text", type=text, help="the column of the texts (%(default)s)")
+    batch.add_argument("--encoding", default="utf-8", help="of text files (%(default)s)")
+    batch.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster $RAY_ADDRESS")
 
     kept = command("feedback", manage_feedback, "what users say of the answers; the shadow bundle; export or delete")
     kept.add_argument("--store", required=True, help="a file, or postgresql://…")
@@ -159,6 +170,24 @@ def application(options: argparse.Namespace, limits: object) -> object:
 
         app = page.mount(app)
     return app
+
+
+def score_corpus(options: argparse.Namespace) -> int:
+    from llmprod import machine
+    from llmprod.deploy import score
+
+    machine.set_threads()
+    machine.quiet()
+    engine = contextlib.nullcontext()
+    if options.engine == "ray":
+        from llmprod import cluster
+
+        engine = cluster.tasks(score.one)
+    given = (Path(options.corpus), Path(options.folder), Path(options.bundle), options.text_column, options.encoding)
+    with engine as elsewhere:
+        found = score.run(*given, elsewhere)
+    print(", ".join(f"{name}: {number:,}" for name, number in found.items()))
+    return 0
 
 
 def manage_feedback(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The bundle refuses what was changed; the service answers as it does: under load, exchanged, asked anything."""
 
 import asyncio
+import gzip
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import httpx2
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -301,6 +303,71 @@ def test_a_client_that_goes_away_takes_its_texts_with_it(made):
 
     asyncio.run(leaves())
     assert seen == ["here"]
+
+
+# A corpus
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Four files of three kinds; one row has no text."""
+    folder = tmp_path / "corpus"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.csv").write_text("id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(["", *TEXTS])))
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in reversed(TEXTS))
+    pd.DataFrame({"text": TEXTS * 2}).to_parquet(folder / "more/c.parquet")
+    (folder / "empty.tsv").write_text("text\tid\n")
+    (folder / "notes.md").write_text("no rows")
+    return folder
+
+
+def test_a_corpus_is_labelled_file_by_file_and_only_once(corpus, made, other, capsys, monkeypatch):
+    def score(model: object = made) -> str:
+        assert main(["score", str(corpus), str(corpus / "labels"), "--bundle", str(model.folder)]) == 0
+        return capsys.readouterr().out.strip()
+
+    def part(name: str) -> pd.DataFrame:
+        return pd.read_parquet(corpus / f"labels/{name}.parquet")
+
+    assert score() == "files: 4, labelled now: 4, rows: 17, without a text: 1"
+    said = [(answer.label, answer.confidence, answer.sure) for answer in made.predict(TEXTS)]
+    first, backwards, twice = part("a.csv"), part("b.jsonl.gz"), part("more/c.parquet")
+    assert first["row"].tolist() == [0, 1, 2, 3, 4] and first.iloc[0, 1:].isna().all()
+    for found, rows in ((first[1:], said), (backwards, said[::-1]), (twice, said * 2)):
+        assert list(zip(found["label"], found["sure"], strict=True)) == [(label, sure) for label, _, sure in rows]
+        np.testing.assert_allclose(found["confidence"], [confidence for _, confidence, _ in rows], atol=1e-5)
+    assert part("empty.tsv").empty and list(part("empty.tsv")) == ["row", "label", "confidence", "sure"]
+    monkeypatch.chdir(corpus)
+    assert main(["score", ".", "labels", "--bundle", str(made.folder)]) == 0
+    assert "labelled now: 0" in capsys.readouterr().out, "the labels are not taken for a part of the corpus"
+    pd.DataFrame({"text": TEXTS}).to_parquet(corpus / "more/c.parquet")
+    (corpus / "labels/a.csv.parquet").write_bytes(b"PAR1 half")
+    assert "labelled now: 2, rows: 13" in score(), "what was changed, and what is damaged"
+    assert "labelled now: 4" in score(other)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("corpus", "--text-column", "body"), "a.csv: no column body; it has id, text."),
+        (("nowhere",), "there is no such file"),
+        (("corpus", "--bundle", "corpus"), "is not a bundle"),
+        (("broken",), "can't be read"),
+    ],
+)
+def test_what_can_not_be_labelled_is_one_message(corpus, made, tmp_path, monkeypatch, capsys, typed, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpus, "broken")
+    Path("broken/b.jsonl.gz").write_bytes(Path("broken/b.jsonl.gz").read_bytes()[:-9])
+    source, *options = typed
+    assert main(["score", source, "labels", "--bundle", str(made.folder), *options]) == 2
+    assert message in capsys.readouterr().err
+    if source == "broken":  # the others are kept, and not labelled again
+        shutil.copy(corpus / "b.jsonl.gz", "broken")
+        assert main(["score", source, "labels", "--bundle", str(made.folder)]) == 0
+        out = capsys.readouterr().out
+        assert "files: 4" in out and "labelled now: 4" not in out
 
 
 # The service, over HTTP on loopback

@@ -1,11 +1,15 @@
 """The service as replicas on Ray: the same answers, one replica killed under load, and nothing left behind."""
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import pandas as pd
 import psutil
 import pytest
 
@@ -146,6 +150,40 @@ def test_what_waits_is_answered_before_the_end_and_no_process_is_left(running):
         assert asking.result().status_code == 200 and len(asking.result().json()["answers"]) == 200
     assert running.process.wait(60) == 0
     assert not psutil.wait_procs(started, 30)[1]
+
+
+def test_a_corpus_is_labelled_on_two_nodes_of_which_one_is_lost(made, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    corpus, numbers = tmp_path / "corpus", range(6)
+    corpus.mkdir()
+    for number in numbers:
+        rows = [f"{text} {number} {again}" for again in range(100) for text in TEXTS]
+        pd.DataFrame({"text": rows}).to_parquet(corpus / f"{number}.parquet")
+
+    def score(folder: str, *options: str, **environment: str) -> subprocess.Popen:
+        command = ["score", str(corpus), str(tmp_path / folder), "--bundle", str(made.folder), *options]
+        return subprocess.Popen(
+            [sys.executable, "-m", "llmprod", *command], env=os.environ | environment, stderr=subprocess.PIPE
+        )
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        spread = score("spread", "--engine", "ray", RAY_ADDRESS=cluster.address)
+        assert soon(lambda: list(tmp_path.glob("spread/*.parquet")) or spread.poll() is not None)
+        cluster.remove_node(node, allow_graceful=False)
+        said = spread.communicate(timeout=240)[1]
+    finally:
+        cluster.shutdown()
+    assert spread.returncode == 0, said
+    assert score("alone").wait(240) == 0
+    for number in numbers:
+        one, other = (
+            pd.read_parquet(tmp_path / f"{folder}/{number}.parquet.parquet") for folder in ("spread", "alone")
+        )
+        pd.testing.assert_frame_equal(one, other, atol=1e-5)
+    assert len(list(tmp_path.glob("spread/*"))) == len(numbers)
 
 
 @pytest.mark.parametrize(
