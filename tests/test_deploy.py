@@ -687,6 +687,19 @@ def test_a_store_that_fails_fails_no_answer(made):
     assert counted == 1
 
 
+def test_feedback_that_can_not_be_kept_now_is_no_unknown_answer(made, tmp_path):
+    with Store(f"sqlite:///{tmp_path / 'answers.sqlite'}") as store, TestClient(service.build(made, store)) as client:
+        (answer,) = client.post("/classify", json={"texts": ["oil"]}).json()["answers"]
+        said = {"id": answer["id"], "user": "u1", "verdict": "up"}
+        assert client.post("/feedback", json=said | {"id": "other"}).status_code == 404
+        store.engine.dispose()
+        for path in tmp_path.glob("answers.sqlite*"):
+            path.write_bytes(b"no database" * 1000)
+        reply = client.post("/feedback", json=said)
+        assert reply.status_code == 503 and reply.headers["Retry-After"] == "5" and "sqlite" not in reply.text
+        assert 'failures_total{part="store"} 1.0' in client.get("/metrics").text
+
+
 # The page, in a real browser
 
 

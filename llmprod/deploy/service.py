@@ -35,7 +35,7 @@ class Store(Protocol):
         """Keeps answers, in one transaction."""
 
     def add_feedback(self, request: str, user: str, verdict: str, label: str = "") -> bool:
-        """Keeps what a user says of an answer; False if that was known."""
+        """Keeps what a user says of an answer; False if that was known. Raises OSError where it can't now."""
 
 
 @dataclass
@@ -189,18 +189,21 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Lines(answered(service, request.stream()))
 
     if service.store is not None:
+        refused = {404: {"description": "no such answer, or none to correct"}, 503: {"description": "not kept now"}}
 
-        @app.post("/feedback", responses={404: {"description": "no such answer, or none to correct"}})
+        @app.post("/feedback", responses=refused)
         async def feedback(said: Feedback) -> dict[str, bool]:
             """Keeps what a user says of an answer; said again it changes nothing."""
             if said.verdict == "corrected" and said.label not in service.batcher.bundle.labels:
                 known = ", ".join(service.batcher.bundle.labels[:20])
                 raise HTTPException(422, f"There is no label '{said.label[:50]}'; there are: {known}.")
+            given = (said.id, said.user, said.verdict, said.label)
             try:
-                new = await asyncio.to_thread(service.store.add_feedback, said.id, said.user, said.verdict, said.label)
+                with service.meters.counted("store", OSError):  # the database, or the disk
+                    return {"new": await asyncio.to_thread(service.store.add_feedback, *given)}
             except LLMProdError as error:
                 raise HTTPException(404, str(error)) from error
-            return {"new": new}
+            raise HTTPException(503, "It can't be kept now: say it again later.", {"Retry-After": "5"})
 
     @app.get("/health")
     async def health() -> dict[str, str]:

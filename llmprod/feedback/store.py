@@ -54,6 +54,10 @@ class FeedbackError(LLMProdError):
     """Something can't be stored, found or reviewed as it is."""
 
 
+class StoreLost(FeedbackError, ConnectionError):
+    """The database fails: the same may succeed later."""
+
+
 class Store:
     """Answers, feedback, the review queue and reviews. What a method has stored survives a killed process.
 
@@ -102,7 +106,7 @@ class Store:
 
     @contextmanager
     def begin(self) -> Iterator[sql.Connection]:
-        """A transaction. Raises FeedbackError where the database fails, with the reason and without any password."""
+        """A transaction. Raises StoreLost where the database fails, with the reason and without any password."""
         try:
             with self.engine.begin() as connection:
                 yield connection
@@ -111,7 +115,7 @@ class Store:
         except sql.exc.DBAPIError as error:
             reason = (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
             reason = reason.replace(self.engine.url.password or "\0", "***")
-            raise FeedbackError(f"The store {self.place} can't be used: {reason}") from None
+            raise StoreLost(f"The store {self.place} can't be used: {reason}") from None
 
     # Writing
 
