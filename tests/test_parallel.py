@@ -1,6 +1,8 @@
 """Training in two processes: the steps of one process, also where one of the two is killed on the way."""
 
 import contextlib
+import multiprocessing
+import os
 from dataclasses import replace
 
 import psutil
@@ -80,8 +82,22 @@ def test_a_folder_is_gone_on_with_only_for_the_same_task(small, tmp_path, monkey
     assert not (tmp_path / "both/checkpoint-1").exists(), "nor with a checkpoint of other code"
 
 
+def test_who_stops_it_leaves_no_process(tmp_path):
+    os.mkfifo(tmp_path / parallel.TASK)  # they wait for the task
+
+    def stop() -> None:
+        if len(multiprocessing.active_children()) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel.together(tmp_path, 2, stop)
+    assert not multiprocessing.active_children()
+
+
 def test_what_can_not_be_shared_is_one_error(small, tmp_path):
     with pytest.raises(ModelError, match="set processes to 1"):
         parallel.learn(*small, Recipe(strategy="contrastive"), tmp_path, 2)
+    with pytest.raises(ModelError, match="0 processes can't train"):
+        parallel.learn(*small, Recipe(), tmp_path, 0)
     with pytest.raises(ModelError, match="use one of full, head"):
         parallel.learn(*small, Recipe(method="no-such"), tmp_path, 2)

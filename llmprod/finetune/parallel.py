@@ -5,6 +5,7 @@ take the steps of one process, up to rounding. One that is killed costs what was
 """
 
 import json
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -49,13 +50,13 @@ def learn(
         processes: on a machine with GPUs at most as many as there are; each gets its part of the processors
         callbacks: only their `on_log` is called
 
-    Raises ModelError for a strategy that trains more than once, for more processes than GPUs, and where processes are
-    killed again and again; what `learn.learn` raises.
+    Raises ModelError for a strategy that trains more than once, for no processes or more than GPUs, and where processes
+    are killed again and again; what `learn.learn` raises.
     """
     if processes == 1:
         return alone.learn(splits, labels, recipe, folder, callbacks=callbacks)
-    if recipe.strategy not in ("plain", "prototypes"):
-        raise ModelError(f"strategy '{recipe.strategy}' trains in one process: set processes to 1.")
+    if processes < 1 or recipe.strategy not in ("plain", "prototypes"):
+        raise ModelError(f"{processes} processes can't train by '{recipe.strategy}': set processes to 1.")
     if (gpus := torch.cuda.device_count()) and processes > gpus:
         raise ModelError(f"processes is {processes}, but there are {gpus} GPUs: set it to {gpus} or less.")
     begin(splits, labels, recipe, folder)
@@ -90,8 +91,13 @@ def together(folder: Path, processes: int, meanwhile: Callable[[], None]) -> lis
     parts = [{"folder": str(folder), "number": number, "of": processes} for number in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         working = [pool.submit(workers.run, f"{__name__}:work", part, processes) for part in parts]
-        while wait(working, timeout=0.5).not_done:
-            meanwhile()
+        try:
+            while wait(working, timeout=0.5).not_done:
+                meanwhile()
+        except BaseException:  # stopped by hand: they would train on
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
     meanwhile()
     return [error for error in (future.exception() for future in working) if error]
 
