@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import httpx2
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from starlette.testclient import TestClient
 from benchmarks import load as benchmark
 from llmprod import LLMProdError, artifacts, files, models
 from llmprod.__main__ import main
-from llmprod.deploy import batching, bundle, guard, load, messages, page, service
+from llmprod.deploy import batching, bundle, guard, load, messages, page, score, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
 from llmprod.feedback.store import Store
@@ -322,15 +323,21 @@ def corpus(tmp_path):
     return folder
 
 
+def test_a_registrys_current_bundle_labels(corpus, registry, made, capsys):
+    assert main(["score", str(corpus / "a.csv"), str(corpus / "labels"), "--bundle", str(registry.folder)]) == 0
+    kept = json.loads(pq.read_schema(corpus / "labels/a.csv.parquet").metadata[score.SOURCE])
+    assert kept["bundle"] == made.id and "files: 1, labelled now: 1, rows: 5" in capsys.readouterr().out
+
+
 def test_a_corpus_is_labelled_file_by_file_and_only_once(corpus, made, other, capsys, monkeypatch):
-    def score(model: object = made) -> str:
+    def said_of(model: object = made) -> str:
         assert main(["score", str(corpus), str(corpus / "labels"), "--bundle", str(model.folder)]) == 0
         return capsys.readouterr().out.strip()
 
     def part(name: str) -> pd.DataFrame:
         return pd.read_parquet(corpus / f"labels/{name}.parquet")
 
-    assert score() == "files: 4, labelled now: 4, rows: 17, without a text: 1"
+    assert said_of() == "files: 4, labelled now: 4, rows: 17, without a text: 1"
     said = [(answer.label, answer.confidence, answer.sure) for answer in made.predict(TEXTS)]
     first, backwards, twice = part("a.csv"), part("b.jsonl.gz"), part("more/c.parquet")
     assert first["row"].tolist() == [0, 1, 2, 3, 4] and first.iloc[0, 1:].isna().all()
@@ -343,8 +350,8 @@ def test_a_corpus_is_labelled_file_by_file_and_only_once(corpus, made, other, ca
     assert "labelled now: 0" in capsys.readouterr().out, "the labels are not taken for a part of the corpus"
     pd.DataFrame({"text": TEXTS}).to_parquet(corpus / "more/c.parquet")
     (corpus / "labels/a.csv.parquet").write_bytes(b"PAR1 half")
-    assert "labelled now: 2, rows: 13" in score(), "what was changed, and what is damaged"
-    assert "labelled now: 4" in score(other)
+    assert "labelled now: 2, rows: 13" in said_of(), "what was changed, and what is damaged"
+    assert "labelled now: 4" in said_of(other)
 
 
 @pytest.mark.parametrize(

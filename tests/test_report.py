@@ -604,5 +604,5 @@ def test_results_hold_their_protocol(smoke_run):
     found = json.loads((smoke_run / "results/03_evaluate.json").read_text())
     assert found["protocol"]["02_finetune"]["01_data"]["sha256 of data"]
     assert found["protocol"]["02_finetune"]["01_data"]["train_rows"] == 240
-    assert "seed" not in found["protocol"] and found["metrics"]["accuracy"]["n"] == 160
+    assert "seed" not in found["protocol"] and found["metrics"]["accuracy"]["n"] == 100
     assert found["provenance"]["versions"]["torch"] and found["provenance"]["source"]

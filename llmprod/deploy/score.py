@@ -1,5 +1,6 @@
 """Batch scoring: a bundle labels a corpus, file by file, on this machine or on a Ray cluster; what is done stays."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -27,9 +28,11 @@ def sources(corpus: Path, but: Path) -> list[Path]:
     """
     if os.path.isfile(corpus):
         return [corpus]
-    endings = tuple(f"{ending}{packed}" for ending in formats.ENDINGS for packed in ("", ".gz", ".bz2", ".xz", ".zip"))
-    inside = (path for path in corpus.rglob("*") if path.name.lower().endswith(endings) and path.is_file())
-    found = sorted(path for path in inside if but.resolve() not in path.resolve().parents)
+    found = []
+    for path in sorted(corpus.rglob("*")):
+        with contextlib.suppress(formats.DataError):
+            formats.kind_of(path.name, path)
+            found += [path] if path.is_file() and but.resolve() not in path.resolve().parents else []
     if not found:
         raise LLMProdError(f"{corpus}: there is no such file, and no folder with {', '.join(formats.ENDINGS)} in it.")
     return found
@@ -58,8 +61,9 @@ def run(
     is begun.
     """
     top = corpus if os.path.isdir(corpus) else corpus.parent
-    chosen = registry.Registry(model).load().folder if os.path.exists(model / registry.STATE) else model
-    made = opened(str(chosen.absolute()))
+    if os.path.exists(model / registry.STATE):
+        model = model / registry.Registry(model).state()["current"]
+    made = opened(str(model.absolute()))
     jobs = {path: folder / f"{path.relative_to(top).as_posix()}.parquet" for path in sources(corpus, folder)}
     call, places = elsewhere or (one, 1)
     found = {"files": len(jobs), "labelled now": 0, "rows": 0, "without a text": 0}
@@ -67,7 +71,7 @@ def run(
     try:
         working = [
             pool.submit(
-                call, str(path.absolute()), str(to.absolute()), str(chosen.absolute()), made.id, column, encoding
+                call, str(path.absolute()), str(to.absolute()), str(model.absolute()), made.id, column, encoding
             )
             for path, to in jobs.items()
         ]
