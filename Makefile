@@ -45,7 +45,9 @@ $(PYTHON_THERE):
 
 $(READY): pyproject.toml constraints.txt | $(PYTHON_THERE)
 	"$$BIN/python" -m pip install --quiet --upgrade -c constraints.txt pip
-	"$$BIN/python" -m pip install --quiet -c constraints.txt -e '.[dev]'
+	"$$BIN/python" -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	@# on all cores, where pip takes one; some packages hold files of another Python's syntax
+	@"$$BIN/python" -m compileall -q -j 0 "$$VENV/lib" > /dev/null 2>&1 || true
 	@# notebooks' diffs by nbdime, in this clone only; outside of one there is nothing to set up
 	@test ! -e .git || { cd "$$BIN" && there=$$(pwd) && cd - > /dev/null && \
 	  git config diff.jupyternotebook.command "\"$$there/git-nbdiffdriver\" diff" && \

@@ -161,23 +161,22 @@ def test_a_corpus_is_labelled_on_two_nodes_of_which_one_is_lost(made, tmp_path):
         rows = [f"{text} {number} {again}" for again in range(100) for text in TEXTS]
         pd.DataFrame({"text": rows}).to_parquet(corpus / f"{number}.parquet")
 
-    def score(folder: str, *options: str, **environment: str) -> subprocess.Popen:
-        command = ["score", str(corpus), str(tmp_path / folder), "--bundle", str(made.folder), *options]
-        return subprocess.Popen(
-            [sys.executable, "-m", "llmprod", *command], env=os.environ | environment, stderr=subprocess.PIPE
-        )
+    def command(folder: str) -> list[str]:
+        return ["score", str(corpus), str(tmp_path / folder), "--bundle", str(made.folder)]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=1)
-        spread = score("spread", "--engine", "ray", RAY_ADDRESS=cluster.address)
+        given = [sys.executable, "-m", "llmprod", *command("spread"), "--engine", "ray"]
+        environment = os.environ | {"RAY_ADDRESS": cluster.address}
+        spread = subprocess.Popen(given, env=environment, stderr=subprocess.PIPE)
         assert soon(lambda: list(tmp_path.glob("spread/*.parquet")) or spread.poll() is not None)
         cluster.remove_node(node, allow_graceful=False)
         said = spread.communicate(timeout=240)[1]
     finally:
         cluster.shutdown()
     assert spread.returncode == 0, said
-    assert score("alone").wait(240) == 0
+    assert main(command("alone")) == 0
     for number in numbers:
         one, other = (
             pd.read_parquet(tmp_path / f"{folder}/{number}.parquet.parquet") for folder in ("spread", "alone")
