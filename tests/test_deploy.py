@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 from benchmarks import load as benchmark
 from llmprod import LLMProdError, artifacts, files, models
 from llmprod.__main__ import main
-from llmprod.deploy import batching, bundle, guard, load, messages, page, score, service
+from llmprod.deploy import batching, bundle, guard, load, messages, score, service
 from llmprod.deploy.batching import Batcher, Busy
 from llmprod.deploy.registry import Registry
 from llmprod.feedback.store import Store
@@ -712,6 +712,8 @@ def test_feedback_that_can_not_be_kept_now_is_no_unknown_answer(made, tmp_path):
 
 def test_the_page_shows_labels_as_texts():
     """One that is Markdown would load its image from elsewhere."""
+    from llmprod.deploy import page  # gradio takes seconds
+
     label = "![x](http://example.org/x.png)"
     batcher = SimpleNamespace(bundle=SimpleNamespace(labels=["a", label]))
     shown = page.build(SimpleNamespace(batcher=batcher, limits=guard.Limits(), store=None)).config["components"]

@@ -335,15 +335,16 @@ def trained(tmp_path_factory):
 
 
 class Names:
-    """Finds two companies without a model."""
+    """Finds two companies without a model, and takes an abbreviation for a third."""
 
     def find(self, texts):
-        return [[Entity("company", m.group().lower(), *m.span()) for m in re.finditer("Acme|Beta", t)] for t in texts]
+        found = [re.finditer("Acme|Beta|mths", text) for text in texts]
+        return [[Entity("company", match.group().lower(), *match.span()) for match in matches] for matches in found]
 
 
 def test_the_scorer_reads_what_was_saved(trained):
     documents = [
-        Document("1", "s", 0.0, "Acme Corp said it suffered a terrible loss and fired workers in a scandal."),
+        Document("1", "s", 0.0, "Acme Corp said it suffered a terrible loss and fired workers in nine mths."),
         Document("2", "s", 0.0, "Acme Corp won a wonderful award for its great and happy results."),
         Document("3", "s", 0.0, "The tanker and the cargo ship."),
         Document("4", "s", 0.0, "Acme Corp won a wonderful award. Beta Inc suffered a terrible loss and scandal."),
@@ -352,7 +353,7 @@ def test_the_scorer_reads_what_was_saved(trained):
     scorer.finder = Names()
     bad, good, ship, mixed = scorer(documents)
     assert bad["negative"] > good["negative"] + 0.2
-    assert bad["rating"] < 0 < good["rating"]
+    assert bad["rating"] < 0 < good["rating"] and set(bad["about"]) == {"company: acme"}
     assert bad["about"]["company: acme"] > good["about"]["company: acme"] + 0.2
     assert ship["topic"] == "ship" and ship["about"] == {}
     assert mixed["about"]["company: beta"] > mixed["about"]["company: acme"] + 0.1

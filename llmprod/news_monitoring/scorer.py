@@ -15,6 +15,9 @@ from llmprod.news_monitoring.documents import HEAD, Document, NewsError
 from llmprod.news_monitoring.topics import Topics
 from llmprod.optimize import export
 
+# abbreviations of newswire's tables, which the classifier takes for companies: "avg shrs 4.2 mln three mths shr 17 cts"
+NO_NAMES = {"avg", "co", "cts", "dlrs", "mln", "mths", "nil", "oper", "pct", "qtr", "qtrs", "revs", "shr", "shrs", "vs"}
+
 
 @dataclass
 class MonitorConfig:
@@ -135,7 +138,7 @@ class Scorer:
         """
         found, parts = self.finder.find(texts) if self.finder else [[]] * len(texts), []
         for number, (text, named) in enumerate(zip(texts, found, strict=True)):
-            companies = [entity for entity in named if entity.kind == "company"]
+            companies = [entity for entity in named if entity.kind == "company" and entity.name not in NO_NAMES]
             said_of = passages.about(text, [*companies, *passages.currencies(text, named)])
             parts += [(number, f"{kind}: {name}", " ".join(said)) for (kind, name), said in said_of.items()]
         rated = dict(zip(texts, ratings, strict=True))
