@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars, load_from_disk
 from tqdm.auto import tqdm
 
-from llmprod import artifacts, files
+from llmprod import artifacts, files, segment
 from llmprod.formats import DataError, read, shown
 from llmprod.tables import require, texts
 
@@ -235,7 +235,7 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.8, seed: int = 0)
 
 def word_shingles(text: str, length: int = 5) -> set[str]:
     """The set of runs of `length` words in a text (a shorter text is one run)."""
-    words = text.casefold().split()
+    words = segment.words(text.casefold())
     return {" ".join(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
 
 

@@ -582,14 +582,18 @@ def test_a_model_that_can_not_be_had_has_a_stand_in(monkeypatch, capsys, empty_c
     assert pipeline.settings("gpu", {})["02_finetune"]["model"] == "bert-base-uncased"
 
 
-def test_where_only_one_class_has_five_texts_01_says_that_label_errors_cannot_be_measured(tmp_path):
+def test_01_says_what_it_cannot_measure_and_that_the_model_lacks_the_words(tmp_path):
+    """One class alone has five texts; and they are in Chinese, of which an English vocabulary has a few characters."""
     path = tmp_path / "rare.csv"
-    rows = [f"text number {i} about oil,oil" for i in range(60)] + [f"a note of {name},{name}" for name in ("b", "c")]
-    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    rows = [f"第{i}条评论说这家餐厅的味道很鲜美,oil" for i in range(60)] + [
+        f"a note of {name},{name}" for name in ("b", "c")
+    ]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
     parameters = {"dataset": str(path), "max_length": 16}
     runner.run(["01_data"], "smoke", parameters, tmp_path / "run")
     executed = (tmp_path / "run/01_data.ipynb").read_text()
     assert "Label errors can't be measured here: fewer than two classes have five training texts." in executed
+    assert "of the tokens are not in the vocabulary of minilm: take a model trained on such texts" in executed
 
 
 def test_a_failed_notebook_keeps_its_traceback_and_no_older_result(own_notebooks, tmp_path):

@@ -423,6 +423,13 @@ def test_bm25_vectors_and_fusion_find(encoder):
     assert index.search(["anything"], 1, queries=known)[0][0, 0] == 0
 
 
+def test_bm25_finds_chinese_passages(encoder):
+    texts = ["收到商品后七天内可以申请退货。", "帐篷杆的价格是十二欧元。", "我们周一到周五营业。"]
+    index = retrieval.Index(texts, encoder, weight=0.0)
+    numbers, scores = index.search(["怎么退货", "帐篷杆多少钱", "周五营业吗"], k=2)
+    assert numbers[:, 0].tolist() == [0, 1, 2] and (scores[:, 0] > scores[:, 1]).all()
+
+
 def test_ranking_metrics_equal_trec_eval():
     import pytrec_eval
 

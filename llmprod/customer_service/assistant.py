@@ -11,7 +11,7 @@ from scipy.special import expit
 from sentence_transformers import CrossEncoder
 from sklearn.linear_model import LogisticRegression
 
-from llmprod import files, models
+from llmprod import files, models, segment
 from llmprod.customer_service import privacy, reply, retrieval, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 
@@ -143,7 +143,7 @@ class Assistant:
         for start, end, name in understanding.find_slots(question[:LONGEST], self.slots):
             slots[name] = question[start:end]
         intents, sure = self.understand(question[:LONGEST])
-        if context and len(question.split()) <= FOLLOW_UP:  # means nothing alone: whichever reading is surer
+        if context and len(segment.words(question)) <= FOLLOW_UP:  # means nothing alone: whichever reading is surer
             joined, surer = self.understand(f"{context} {question}"[-LONGEST:])
             intents, sure = (joined, surer) if surer > sure else (intents, sure)
         best, second = [*intents][:2]
@@ -294,7 +294,7 @@ class Dialogue:
             return Reply(HAND_OVER, WORDS["person"], "what was suggested or asked did not help", slots=self.slots)
         given = understanding.find_slots(question[:LONGEST], self.assistant.slots)
         self.slots |= {name: question[start:end] for start, end, name in given}
-        if self.asked and (given or len(question.split()) <= 4):  # the answer to what we asked
+        if self.asked and (given or len(segment.words(question)) <= 4):  # the answer to what we asked
             found = self.assistant.respond(f"{self.asked} {question}", "", self.slots)
         else:
             found = self.assistant.respond(question, " ".join(self.earlier[-2:]), self.slots)

@@ -21,7 +21,7 @@ OUT_OF_SCOPE = "out_of_scope"  # the class of questions that no intent covers
 ARTICLES = (".md", ".txt", ".html", ".htm")
 LARGEST = 1 << 20  # bytes of an article
 MARKED = re.compile(r"\[([^\[\]]+)\]\((\w+)\)")  # [12 May](date)
-SENTENCE_END = re.compile(r'(?<=[.!?])["”’)]*\s+(?=["“(]?[A-Z0-9])')
+SENTENCE_END = re.compile(r'(?<=[.!?])["”’)]*\s+(?=["“(]?[A-Z0-9])|(?<=[。！？])(?![。！？”’」』）])')
 
 
 class SupportError(LLMProdError):

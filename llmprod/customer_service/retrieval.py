@@ -20,7 +20,7 @@ from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import AutoModel, AutoModelForSequenceClassification, PrinterCallback, Trainer
 
-from llmprod import machine, models
+from llmprod import machine, models, segment
 from llmprod.extras import extra
 from llmprod.finetune.fewshot import sentence_arguments
 
@@ -63,7 +63,7 @@ class Index:
     def tokens(self, texts: Sequence[str]) -> list[list[str]]:
         """The stems of the words of each text, without English stop words."""
         settings = {"stopwords": "en", "stemmer": self.stemmer, "return_ids": False, "show_progress": False}
-        return bm25s.tokenize(list(texts), **settings)
+        return bm25s.tokenize([segment.pairs(text) for text in texts], **settings)
 
     def search(
         self, texts: Sequence[str], k: int = 10, contexts: Sequence[str] = (), queries: np.ndarray | None = None

@@ -10,6 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
+from llmprod import segment
+
 STRENGTHS = (1, 10, 100)  # the C from which `chosen` chooses
 
 
@@ -20,7 +22,7 @@ def bag_of_words(texts: Sequence[str], labels: Sequence[int], c: float, characte
         c: the inverse of the regularisation's strength
         characters: also uses sequences of two to five characters inside words, which bear misspellings and inflection
     """
-    words = TfidfVectorizer(sublinear_tf=True, min_df=1 if characters else 2)
+    words = TfidfVectorizer(sublinear_tf=True, min_df=1 if characters else 2, preprocessor=segment.lower_pairs)
     pieces = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5))
     features = make_union(words, pieces) if characters else words
     return make_pipeline(features, LogisticRegression(C=c, max_iter=2000)).fit(texts, labels)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from llmprod import segment
 from llmprod.evaluate.drift import drift
 
 
 def traits(texts: Sequence[str], labels: Sequence[str], confidences: Sequence[float]) -> pd.DataFrame:
     """What is watched of texts and the model's answers: length in words, confidence, predicted label."""
-    words = [len(text.split()) for text in texts]
+    words = [len(segment.words(text)) for text in texts]
     return pd.DataFrame({"words": words, "confidence": np.asarray(confidences, float), "label": list(labels)})
 
 
