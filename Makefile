@@ -60,8 +60,12 @@ reproduce: $(READY)  ## run all notebooks (or NOTEBOOK and those it needs), writ
 plan: $(READY)  ## say what `make reproduce` would run and fetch, and whether the machine has room for it; run nothing
 	$(LLMPROD) plan --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
 
+# processes that wait for one another, and for which a busy machine is too slow
+ALONE = tests/test_parallel.py tests/test_fanout.py tests/test_replicas.py
+
 test: $(READY)  ## run all tests
-	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(ALONE:%=--ignore=%)
+	"$$BIN/python" -m pytest --numprocesses 2 --dist loadgroup $(ALONE)
 
 run: $(READY)  ## run NOTEBOOK (or all) and the notebooks it needs, in PROFILE, with PARAMS
 	$(LLMPROD) run --notebook="$$NOTEBOOK" --profile="$$PROFILE" --params="$$PARAMS"
@@ -87,7 +91,7 @@ report: $(READY)  ## write the report and the generated parts of the READMEs
 bench: $(READY)  ## run BENCH: training, serving, load, monitor, recommendation, support, peers, continual, scaling or verdict
 	"$$BIN/python" -m "benchmarks.$$BENCH"
 
-fuzz: $(READY)  ## try the tests that vary their inputs on 2,000 each, where `make test` takes 200
+fuzz: $(READY)  ## try the tests that vary their inputs on 2,000 each, where `make test` takes 100
 	"$$BIN/python" -m pytest --numprocesses auto --maxprocesses 4 -m hypothesis --hypothesis-profile nightly
 
 bench-gpu: $(READY)  ## time training and inference on the GPU and the share of its peak (shrunken without one)

@@ -10,6 +10,8 @@ from llmprod.extras import extra
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reads these while it is imported
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines that resemble one another, such as a log of requests
+for check in ("READY", "HEALTH"):  # Serve would kill a proxy that a busy machine takes more than 5 s to start
+    os.environ.setdefault(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "60")
 if not os.environ.get("RAY_ADDRESS"):
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so its ports are on loopback, whatever the system
 with extra("ray"):
@@ -17,6 +19,12 @@ with extra("ray"):
 
 
 RETRIES = 3  # of a call whose node or process was lost; one that fails by itself is not tried again
+
+
+def not_started(error: Exception) -> LLMProdError:
+    """The error to raise where Ray, or a part of it, did not come up."""
+    said = str(error).partition("\n")[0]
+    return LLMProdError(f"Ray does not start: {said} Is the machine very busy? Then start it again.")
 
 
 @contextmanager
@@ -41,7 +49,7 @@ def connected(processors: int = 1) -> Iterator[None]:
         ray.init(**options)
     except Exception as error:  # which is what Ray raises
         ray.shutdown()
-        raise LLMProdError(f"Ray does not start: {error} Is the machine very busy? Then start it again.") from error
+        raise not_started(error) from error
     try:
         yield
     finally:

@@ -17,7 +17,6 @@ settings.register_profile("llmprod", deadline=None, max_examples=100)  # a busy 
 settings.register_profile("nightly", deadline=None, max_examples=2000)  # make fuzz
 settings.load_profile("llmprod")
 
-STARTS_RAY = ("test_fanout", "test_replicas")  # one cluster at a time: Ray gives its processes 30 s to start
 RUNS_NOTEBOOKS = ("test_nbval", "test_colab", "test_bring_your_own")  # by themselves, for minutes
 
 
@@ -29,8 +28,7 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_itemcollected(item):
     """Groups tests before xdist reads the groups: those on the smoke run share it, those of a file its fixtures."""
     long = next((name for name in RUNS_NOTEBOOKS if item.name.startswith(name)), "")
-    cluster = "ray" if item.path.stem in STARTS_RAY else ""
-    group = "smoke" if "smoke_run" in item.fixturenames else long or cluster or item.path.stem
+    group = "smoke" if "smoke_run" in item.fixturenames else long or item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))
 
 

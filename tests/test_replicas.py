@@ -33,7 +33,7 @@ def running(registry):
     options = ("--replicas", "2", "--store", str(registry.folder.parent / "answers.sqlite"))
     try:
         found = Running(registry.folder, *options)
-    except LLMProdError as error:  # Ray gives its node 30 s, too few on a machine that runs other tests, too
+    except LLMProdError as error:  # Ray gives its node 30 s, too few on a busy machine
         if "Ray does not start" not in str(error):
             raise
         found = Running(registry.folder, *options)

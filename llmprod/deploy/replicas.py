@@ -87,6 +87,8 @@ def run(build: Callable[[], FastAPI], host: str, port: int, number: int) -> None
             print(f"bundle {service.batcher.bundle.id} at http://{host}:{port}", flush=True)
             ended.wait()
             serve.delete(NAME)  # what waits is answered, while the proxy that carries it still lives
+        except ray.exceptions.RayError as error:
+            raise cluster.not_started(error) from error
         except RuntimeError as error:
             raise LLMProdError(f"The replicas can't be started: {error}") from error
         finally:
