@@ -80,15 +80,16 @@ def run(build: Callable[[], FastAPI], host: str, port: int, number: int) -> None
         )
         ended = threading.Event()
         try:
-            serve.start(http_options={"host": address, "port": port}, logging_config={"log_level": "WARNING"})
+            try:
+                serve.start(http_options={"host": address, "port": port}, logging_config={"log_level": "WARNING"})
+            except ray.exceptions.RayError as error:
+                raise cluster.not_started(error) from error
             serve.run(deployment.bind(build, os.getcwd()), name=NAME)
             for kind in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(kind, lambda *_: ended.set())
             print(f"bundle {service.batcher.bundle.id} at http://{host}:{port}", flush=True)
             ended.wait()
             serve.delete(NAME)  # what waits is answered, while the proxy that carries it still lives
-        except ray.exceptions.RayError as error:
-            raise cluster.not_started(error) from error
         except RuntimeError as error:
             raise LLMProdError(f"The replicas can't be started: {error}") from error
         finally:
