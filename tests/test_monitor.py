@@ -524,7 +524,7 @@ def test_keys_share_the_false_alarms_that_are_allowed(tmp_path):
     keys = ("topic: earn", "topic: ship", "company: acme")
     allowed = [watching.journal.state(shift.Shift.name + key)["allowed"] for key in (*keys, shift.WHOLE)]
     assert watching.journal.state("ready") == 3
-    assert allowed == pytest.approx([2.4 / 6] * 3 + [2.4 / 2]), "a fifth of one a month is 2.4 a year"
+    assert allowed == pytest.approx([2.4 / 12] * 3 + [2.4 / 2]), "a fifth of one a month is 2.4 a year"
 
 
 RINGING = """

@@ -19,11 +19,8 @@ QUICK = shift.Settings(warmup=20, days=2, memory=200)
 
 
 def quiet(streams: int, a_day: int, years: float, alike: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Ratings of quiet days, whose documents share a part of their mood, and the days."""
-    random = np.random.default_rng(seed)
-    days = np.arange(round(a_day * (365 * years + 28))) // a_day
-    moods = alike * random.standard_normal((streams, days[-1] + 1))
-    return random.standard_normal((streams, len(days))) + moods[:, days], days
+    """`simulate.quiet_days` of so many years and the warm-up."""
+    return simulate.quiet_days(streams, a_day, round(365 * years) + 28, alike, seed)
 
 
 def live(values: np.ndarray, days: np.ndarray, allowed: float, assumed: shift.Settings, **more) -> list:
@@ -85,7 +82,7 @@ def test_live_is_as_in_replay_and_survives_its_json(seed, allowed):
 
 
 def test_an_alert_says_what_a_reader_needs():
-    values, days = quiet(1, 20, 0.3, 0.0)
+    values, days = quiet(1, 20, 0.3, 0.0, seed=1)
     values[0, 1200:1400] += 1.0
     _, alerts = live(values[0], days, 1.0, shift.Settings())
     (alert,) = filter(None, alerts)
@@ -145,10 +142,54 @@ def test_keys_together_raise_the_false_alarms_that_were_asked_for(keys):
     assert 1.6 <= simulate.quiet_years(values[0], days, keys, 100, allowed=2.0) <= 2.4
 
 
-def test_the_parts_of_all_keys_are_one():
-    for ready in (0, 1, 7):
+def test_the_parts_of_all_keys_are_three_quarters():
+    """The last quarter is for the alarms of keys that are new."""
+    assert shift.part(shift.WHOLE, 0) == 1
+    for ready in (1, 7):
         others = [shift.part(f"topic: {k}", ready) for k in range(ready)]
-        assert sum([shift.part(shift.WHOLE, ready), *others]) == pytest.approx(1)
+        assert sum([shift.part(shift.WHOLE, ready), *others]) == pytest.approx(3 / 4)
+
+
+def test_a_turn_that_comes_slowly_does_not_become_the_level():
+    """Level and spread are those of before, as long as the score has not been at 0 again."""
+    values, days = quiet(20, 20, 0.3, 0.0)
+    values += 0.4 * np.clip((days - 40) / 40, 0, 1)
+    state = shift.start(len(values))
+    for number, column in enumerate(values.T):
+        age = days[number]
+        if number and age > days[number - 1]:
+            state = shift.close_day(state, shift.Settings())
+        limit = np.full(len(values), 1e3 if age >= 28 else math.inf)
+        state, _ = shift.step(state, column, limit, shift.Settings(patience=10**9))
+    assert np.median(state["score"]) > 50 and np.median(state["held_count"]) > 800
+    assert abs(np.median(state["mean"])) < 0.1 < 0.2 < np.median(state["held_mean"])
+
+
+def test_what_was_held_back_is_learnt_like_the_rest():
+    """Level and spread of the two parts together, without forgetting, are those of all documents (NumPy)."""
+    first, second = np.random.default_rng(0).normal(0, 1, 150), np.random.default_rng(1).normal(0.5, 2, 70)
+    state = shift.start() | {
+        "count": np.array([150.0]),
+        "mean": first[None].mean(1),
+        "squares": first[None].var(1) * 150,
+    }
+    state |= {"held_count": np.array([70.0]), "held_mean": second[None].mean(1)}
+    state |= {"held_squares": second[None].var(1) * 70}
+    both = np.concatenate([first, second])
+    learnt = shift.learn(state, np.array([True]), np.array([math.inf]))
+    found = learnt["count"][0], learnt["mean"][0], learnt["squares"][0] / 220
+    assert found == pytest.approx((220, both.mean(), both.var())) and learnt["held_count"][0] == 0
+    assert shift.learn(state, np.array([False]), np.array([math.inf])) == state
+
+
+def test_the_state_of_an_earlier_version_is_read():
+    """Before what was held back had a place in it."""
+    values, days = quiet(1, 5, 0.1, 0.3)
+    saved = json.loads(json.dumps(asdict(live(values[0], days, 1.0, QUICK)[0])))
+    saved["state"] = {name: value for name, value in saved["state"].items() if not name.startswith("held_")}
+    saved["state"]["unknown"] = [0.0]
+    again = shift.Shift(QUICK, 1.0).with_past(saved)
+    assert set(again.state) == set(shift.start()) and again.update(DAY * 1000.0, 0.5) is None
 
 
 def test_rules_on_days_raise_at_the_end_of_a_day():

@@ -90,27 +90,48 @@ def simulate(
     return Streams(np.asarray(scores)[documents], starts, documents, truth, times)
 
 
-def quiet_years(
-    values: np.ndarray, days: np.ndarray, keys: int, years: int, allowed: float = 1.0, seed: int = 0
-) -> float:
-    """False alarms a year of so many keys together, the whole stream among them, on years made of quiet days.
+def quiet_days(
+    streams: int, a_day: int, days: int, alike: float, seed: int | list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ratings of so many streams (streams, documents), normal ones of variance 1, and each document's day (documents,).
 
-    A year is made of days that are drawn with replacement, so that documents of one day stay together (a block
-    bootstrap); four more weeks are the warm-up. Keys are independent of each other, which is the worst case.
+    alike: the standard deviation of the mood that the documents of a day share, in addition to their own.
+    """
+    random, dates = np.random.default_rng(seed), np.arange(a_day * days) // a_day
+    moods = alike * random.standard_normal((streams, days))
+    return random.standard_normal((streams, len(dates))) + moods[:, dates], dates
+
+
+def made_years(
+    values: np.ndarray, days: np.ndarray, years: int, seed: int | list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Years (years, documents) made of quiet days, each after the days of a warm-up, and the documents' days.
+
+    Days are drawn with replacement, so that documents of one day stay together (a block bootstrap).
 
     Args:
         values, days: as in `shift.replay`, of the quiet part (documents,); each day counts with as many documents as
             the one with the fewest
-        allowed: false alarms a year that are asked for
     """
     numbers, counts = np.unique(days, return_counts=True)
     blocks = np.stack([values[days == day][: counts.min()] for day in numbers])
-    random, raised, length = np.random.default_rng(seed), 0.0, 365 + 28
-    calendar, some = np.repeat(np.arange(length), counts.min()), max(1, 500 // years)
+    length = 365 + round(shift.Settings().days)
+    drawn = np.random.default_rng(seed).integers(0, len(blocks), (years, length))
+    return blocks[drawn].reshape(years, -1), np.repeat(np.arange(length), counts.min())
+
+
+def quiet_years(
+    values: np.ndarray, days: np.ndarray, keys: int, years: int, allowed: float = 1.0, seed: int = 0
+) -> float:
+    """False alarms a year of so many keys together, the whole stream among them, on years of `made_years`.
+
+    Keys are independent of each other, which is the worst case. `allowed`: false alarms a year that are asked for.
+    """
+    raised, some = 0.0, max(1, 500 // years)
     for first in range(0, keys, some):  # a few keys at a time, for the memory
         names = ["one of them" if key else shift.WHOLE for key in range(first, min(first + some, keys))]
         mine = allowed * np.repeat([shift.part(name, keys - 1) for name in names], years)
-        streams = blocks[random.integers(0, len(blocks), (len(mine), length))].reshape(len(mine), -1)
+        streams, calendar = made_years(values, days, len(mine), [seed, first])
         raised += shift.replay(streams, calendar, mine, shift.Settings())["raised"].sum()
     return float(raised / years)
 

@@ -1,6 +1,7 @@
 """Experiments: when does a stream's mood raise its first alarm, read by whom; how well are chosen topics found?"""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -58,8 +59,8 @@ def alarms(parameters: Mapping[str, object]) -> dict:
 
     For each: days from the stream's beginning to the first alarm (NaN without one), and how many alarms there are, at
     `false_alarms` a year that are allowed by chance; and those of `ewma_chart` and `naive` on the encoder's ratings.
-    For the headlines also how many false alarms there are in years made of their quiet days, by the number
-    of keys (`quiet_years`).
+    For the headlines also how many false alarms there are in 200 years made of their quiet days, by the number of keys
+    (`quiet_years`), and with `ewma_chart`.
     """
     train, _, test = sentiment.split_half(sentiment.load(), parameters["seed"])
     tasks = multitask.rating_tasks(train, parameters["borrowed"], "", parameters["seed"])
@@ -77,16 +78,55 @@ def alarms(parameters: Mapping[str, object]) -> dict:
             reader: shift.replay(-values[None], days, np.array(allowed), settings)["raised"][0] > 0
             for reader, values in ratings.items()
         }
-        raised["EWMA"] = by_day(-own, days, settings.days, partial(ewma_chart, every=shift.YEAR / allowed))
+        chart = partial(ewma_chart, every=shift.YEAR / allowed)
+        raised["EWMA"] = by_day(-own, days, settings.days, chart)
         raised["naive rule"] = by_day(-own, days, settings.days, naive)
         for reader, alarm in raised.items():
             first = float(days[alarm.argmax()] - days[0]) if alarm.any() else float("nan")
             metrics |= {f"{name}, {reader}, first alarm, day": first, f"{name}, {reader}, alarms": int(alarm.sum())}
         quiet = (stream["date"] < streams.QUIET.get(name, stream["date"].min())).to_numpy()
-        for keys in (1, 5, 30) if quiet.any() else ():
-            by_chance = simulate.quiet_years(-own[quiet], days[quiet], keys, 200, allowed, parameters["seed"])
-            metrics[f"{name}, false alarms a year, keys: {keys}"] = by_chance
+        if quiet.any():
+            calm = -own[quiet], days[quiet]
+            for keys in (1, 5, 30):
+                by_chance = simulate.quiet_years(*calm, keys, 200, allowed, parameters["seed"])
+                metrics[f"{name}, false alarms a year, keys: {keys}"] = by_chance
+            years, calendar = simulate.made_years(*calm, 200, parameters["seed"])
+            by_chance = np.mean([by_day(year, calendar, settings.days, chart).sum() for year in years])
+            metrics[f"{name}, false alarms a year, EWMA"] = float(by_chance)
     return {"metrics": metrics, "speeds": speeds}
+
+
+# quiet streams: documents a day, how much alike they are, false alarms a year, years, streams
+QUIET = [
+    (4, 0.2, 1.0, 1, 300), (20, 0.0, 1.0, 1, 300), (20, 0.2, 1.0, 1, 300), (40, 0.2, 1.0, 1, 300),
+    (4, 0.2, 0.2, 4, 300), (20, 0.2, 0.2, 4, 300), (4, 0.2, 0.02, 1, 2000), (20, 0.2, 0.02, 1, 2000),
+]  # fmt: skip
+# turns for the worse of a stream of twenty a day: standard deviations of a document, days until it is as bad as that
+TURNS = [(0.15, 0), (0.25, 0), (0.4, 0), (0.4, 30), (0.4, 60)]
+
+
+def simulated_shifts(parameters: Mapping[str, object]) -> dict:
+    """Plays the test of a shift with a given drift on simulated streams, on which its settings were chosen.
+
+    False alarms in the quiet streams of `QUIET` as a multiple of what was asked for; and the median days to the alarm
+    after the turns of `TURNS`, which begin 40 days after the stream, in 200 streams at one false alarm a year.
+    """
+    settings, seed = replace(shift.Settings(), drift=float(parameters["drift"])), int(parameters["seed"])
+    metrics = {}
+    for a_day, alike, asked, years, number in QUIET:
+        raised = 0.0
+        for part in range(0, number, 500):  # not all at once, for the memory
+            length = round(settings.days) + 365 * years
+            quiet = simulate.quiet_days(min(number, 500), a_day, length, alike, [seed, part])
+            raised += shift.replay(*quiet, np.array(asked), settings)["raised"].sum()
+        metrics[f"false alarms, {a_day} a day, alike {alike}, {asked} a year"] = raised / (number * years * asked)
+    values, days = simulate.quiet_days(200, 20, 200, 0.15, [seed, 1])
+    for size, lasting in TURNS:
+        turned = values + size * np.clip((days - 40) / max(lasting, 1e-9), 0, 1)
+        raised = shift.replay(turned, days, np.array(1.0), settings)["raised"][:, days >= 40] > 0
+        delays = np.where(raised.any(axis=1), days[raised.argmax(axis=1)], np.inf)
+        metrics[f"days to the alarm, {size} in {lasting} days"] = float(np.median(delays))
+    return {"metrics": metrics, "speeds": {}}
 
 
 NEWSWIRE = {  # the classes of Reuters R8, as a reader would name them who has seen none of its texts
