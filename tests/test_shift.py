@@ -165,6 +165,15 @@ def test_a_turn_that_comes_slowly_does_not_become_the_level():
     assert abs(np.median(state["mean"])) < 0.1 < 0.2 < np.median(state["held_mean"])
 
 
+def test_the_study_of_the_drift_counts_false_alarms_and_days(monkeypatch):
+    monkeypatch.setattr(studies, "QUIET", [(4, 0.2, 2.0, 1, 20)])
+    monkeypatch.setattr(studies, "TURNS", [(0.4, 0), (0.0, 0)])
+    found = studies.simulated_shifts({"drift": 0.075, "seed": 0})["metrics"]
+    assert 0.4 < found["false alarms, 4 a day, alike 0.2, 2.0 a year"] < 2
+    assert 1 < found["days to the alarm, 0.4 in 0 days"] < 15
+    assert found["days to the alarm, 0.0 in 0 days"] == math.inf, "most streams that do not turn raise none"
+
+
 def test_what_was_held_back_is_learnt_like_the_rest():
     """Level and spread of the two parts together, without forgetting, are those of all documents (NumPy)."""
     first, second = np.random.default_rng(0).normal(0, 1, 150), np.random.default_rng(1).normal(0.5, 2, 70)
