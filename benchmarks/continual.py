@@ -1,4 +1,4 @@
-"""Continual learning beside the library Avalanche: `make bench BENCH=continual` (`pip install avalanche-lib` first).
+"""Continual learning, compared with Avalanche: `make bench BENCH=continual` (`pip install avalanche-lib` first).
 
 Both learn the same phases of 20 Newsgroups, whose topics shift, with the same encoder, LoRA, head, length, batch,
 learning rate and number of passes, in fp32: fine-tuning, EWC and rehearsal. What stays the library's own: its order of

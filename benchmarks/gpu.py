@@ -1,4 +1,4 @@
-"""Training and inference on a GPU beside the plain Trainer and the library's pipeline: `make bench-gpu`.
+"""Training and inference on a GPU, compared with the plain Trainer and the library's pipeline: `make bench-gpu`.
 
 An encoder of BERT-base's shape with random weights, which are as fast as trained ones, on random words: texts per
 second, ratios, peak memory and model FLOP utilisation (MFU), the share of the bf16 peak measured on this card that goes

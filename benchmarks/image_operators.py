@@ -1,4 +1,4 @@
-"""Lets torchvision be imported beside a CPU build of PyTorch, of which the package index has no twin.
+"""Lets torchvision be imported with a CPU build of PyTorch, of which the package index has no twin.
 
 Its operators for images, which nothing here calls, have no code there; the import only looks for their names.
 """

@@ -1,4 +1,4 @@
-"""A service under load, beside the same service that answers one text at a time: `make bench BENCH=load`.
+"""A service under load, compared with the same service that answers one text at a time: `make bench BENCH=load`.
 
 The bundle of `05_deploy` is served from a process of its own; clients in another one ask for one validation text after
 the other, each as soon as it has its answer. The peer gathers nothing: its budget of tokens holds one text. In the last
@@ -74,7 +74,7 @@ def measure(folder: Path, texts: Path, plan: Sequence[tuple[str, int]], seconds:
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Adds requests a second beside the peer's with as many clients, and p99 beside that of one client."""
+    """Adds the ratio of requests a second to the peer's with as many clients, and of p99 to that of one client."""
     alone = {row["service"]: row["p99, ms"] for row in rows if row["clients"] == 1}
     peer = {row["clients"]: row["requests/s"] for row in rows if row["service"] == PEER}
     return [

@@ -3,7 +3,7 @@
 Each step of the notebooks runs at three sizes, in a process of its own. Documents are words of R8 drawn at random, so
 that no two are alike; weights are untrained, since speed does not depend on them. Larger sizes are reckoned from the
 two largest: a constant, and a part that grows by the order of the algorithm. The exponent of the time between these two
-sizes stands beside, as a check of that order.
+sizes is given too, as a check of that order.
 
     python -m benchmarks.scaling [--step "near duplicates"] [--sizes 1000 10000]
 """

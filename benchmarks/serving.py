@@ -1,4 +1,4 @@
-"""Serving a classifier on the processor, beside the plain Hugging Face pipeline: `make bench BENCH=serving`.
+"""Serving a classifier on the processor, compared with the plain Hugging Face pipeline: `make bench BENCH=serving`.
 
 The peer is `transformers.pipeline("text-classification")` on a `BertForSequenceClassification` of the same size: the
 same pretrained encoder, layers and vocabulary, with the library's own head, which is untrained, since speed does not

@@ -1,4 +1,4 @@
-"""Where things are: in a checkout beside this package, or, where it was installed without one, inside it."""
+"""Where things are: in a checkout next to this package or, where it was installed without one, inside it."""
 
 import os
 from pathlib import Path

@@ -71,7 +71,7 @@ class Registry:
         return earlier[-1]
 
     def shadow(self, identity: str) -> None:
-        """Lets a bundle answer beside the current one without being shown; "" ends that."""
+        """Lets a bundle answer with the current one, without being shown; "" ends that."""
         if identity:
             self.load(identity)
         with self.changing() as state:

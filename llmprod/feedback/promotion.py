@@ -65,7 +65,7 @@ def iterate(
 ) -> Decision:
     """Retrains what is served on reviewed feedback, compares, and promotes the new bundle if it keeps the rules.
 
-    Training goes on from the served weights, with some old texts beside the new ones (rehearsal): a pass then reads
+    Training goes on from the served weights, with some old texts among the new ones (rehearsal): a pass then reads
     some hundred texts, and not all that the base model would need.
 
     What was audited at random is never trained on and is the new data of the comparison: the other reasons pick
@@ -151,7 +151,7 @@ def weights_of(registry: Registry, served: Bundle, weights: Path | None) -> Pred
 
 
 def keep_weights(registry: Registry, identity: str, trained: Predictor) -> None:
-    """Keeps the weights of a bundle that holds only ONNX beside the registry's bundles, for the next iteration."""
+    """Keeps the weights of a bundle that holds only ONNX next to the registry's bundles, for the next iteration."""
     if (registry.folder / identity / export.ONNX).exists():
         trained.save(registry.folder / "weights" / identity, f"# Weights of the bundle {identity}\n")
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from llmprod.files import atomic
 from llmprod.finetune import methods
 
-WEIGHTS = "trained.safetensors"  # the trained weights, in a checkpoint and, of the best epoch, beside them
+WEIGHTS = "trained.safetensors"  # the trained weights, in a checkpoint and, of the best epoch, next to them
 
 
 class AllocateRanks(TrainerCallback):

@@ -24,7 +24,7 @@ def judged_by(profile: str) -> str:
 def load(profile: str) -> dict:
     """Our own results over seeds for a profile; for a run outside the profiles those of `cpu`; {} if there are none.
 
-    Raises LLMProdError where the file is damaged, or a mean or deviation does not follow from the values beside it.
+    Raises LLMProdError where the file is damaged, or a mean or deviation does not follow from its values.
     """
     path = paths.REFERENCE / f"{judged_by(profile)}.json"
     if not path.exists():

@@ -186,7 +186,7 @@ def judge(
     """The verdict on one metric, and its reason.
 
     A score is reproduced if it lies within the tolerance and, where there are predictions (`by_example`), these agree.
-    Without them, a tolerance that is wide beside the value (`SHARP`) says too little for that.
+    Without them, a tolerance that is wide for the value (`SHARP`) says too little for that.
     """
     if mine is None:
         return {"verdict": MISSING, "reason": "no result; run the notebook"}

@@ -105,7 +105,7 @@ class Journal:
 
     Args:
         path: the file; it is made where it is missing, with its folder
-        shared: open it beside the monitor that holds it, to read alerts or to judge them
+        shared: open it while a monitor holds it, to read alerts or to judge them
         clock: seconds since 1970
 
     Raises NewsError, with a way out, for a file that is damaged, foreign or of another version, for a folder that

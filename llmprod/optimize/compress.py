@@ -132,7 +132,7 @@ def distill(
 
 
 class StaticClassifier(torch.nn.Module):
-    """A text's vector is the mean of fixed vectors of its tokens, whatever stands beside them; then a linear head."""
+    """A text's vector is the mean of fixed vectors of its tokens, whatever their neighbours are; then a linear head."""
 
     def __init__(self, vectors: torch.Tensor, config: object):
         """`vectors` (vocabulary, dimensions); `config` is copied from the classifier that it stands for."""

@@ -55,7 +55,7 @@ class OnnxClassifier(torch.nn.Module):
 def int8(folder: Path, batch_size: int = 32) -> models.Predictor:
     """The checkpoint in a folder with int8 weights, which are written next to it the first time.
 
-    A file beside them says of which weights they were made; where it does not hold, they are written again. Small
+    A file next to them says of which weights they were made; where it does not hold, they are written again. Small
     batches keep the products in the processor's cache, and are faster.
     """
     whole, (file, made) = models.Predictor.load(folder), (folder / name for name in models.INT8)

@@ -85,7 +85,7 @@ def pareto(cost: Sequence[float], value: Sequence[float]) -> np.ndarray:
 
 
 def label_points(axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    """Writes a name beside each point, at a near place where it covers no other name or point; call it last."""
+    """Writes a name next to each point, at a near place where it covers no other name or point; call it last."""
     axes.figure.canvas.draw()
     renderer, frame = axes.figure.canvas.get_renderer(), axes.get_window_extent()
     points, taken = axes.transData.transform(np.column_stack([x, y])), []
