@@ -146,7 +146,7 @@ def own_package(monkeypatch, tmp_path):
         (
             "machine.py",
             "device_and_precision",
-            set(study.declarations()["experiments"]) - {"bag of words", "setfit", "next item"},
+            set(study.declarations()["experiments"]) - {"bag of words", "setfit", "next item", "simulated shifts"},
         ),
         ("harness/study.py", "table", set()),
     ],
