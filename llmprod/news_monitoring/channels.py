@@ -135,8 +135,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         quiet = {"console": "off", "disable_git": True, "disable_code": True}
         quiet |= {"host": "", "program": "monitor"}  # or they would be this machine's name and the file that runs
-        if mode == "online":  # seconds; its own 90 would keep the sources waiting, and at the end it has no limit
-            quiet |= {"init_timeout": 15, "finish_timeout": 60}
+        quiet |= {"init_timeout": 15} if mode == "online" else {}  # seconds; its own 90 would keep the sources waiting
         try:
             settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, silent=mode == "offline", **quiet)
             project = os.environ.get("WANDB_PROJECT", "llmprod")
