@@ -126,6 +126,8 @@ def test_int8_weights_say_what_the_others_say(checkpoint, capsys):
     written = file.stat().st_mtime_ns
     again = export.int8(checkpoint).infer(texts)
     assert file.stat().st_mtime_ns == written and np.array_equal(again[0], small[0])
+    for together, single in zip(export.int8(checkpoint, side_by_side=True).infer(texts), small, strict=True):
+        np.testing.assert_array_equal(together, single)
     assert capsys.readouterr().out.count("once") == 1
 
 

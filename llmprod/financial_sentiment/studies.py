@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from llmprod import artifacts, data, machine
+from llmprod import artifacts, data, machine, models
 from llmprod.evaluate import metrics
 from llmprod.evaluate.studies import fitted
 from llmprod.financial_sentiment import entities, multitask, recognizer, sentiment, weak_labels
@@ -28,6 +28,13 @@ def timed(function: Callable, *arguments: object, **settings: object) -> tuple[o
     return function(*arguments, **settings), time.perf_counter() - started
 
 
+def in_int8(predictor: models.Predictor) -> models.Predictor:
+    """A classifier with int8 weights, see `export.int8`."""
+    with tempfile.TemporaryDirectory() as folder:
+        predictor.save(Path(folder) / "float", "")
+        return export.int8(Path(folder) / "float", batch_size=8, side_by_side=True)
+
+
 def rating(parameters: Mapping[str, object]) -> dict:
     """Trains on the ratings of half a domain: Pearson r and F1 on the other half, and r on other domains."""
     table = sentiment.load(parameters["dataset"], parameters["part"])
@@ -35,9 +42,7 @@ def rating(parameters: Mapping[str, object]) -> dict:
     tasks = multitask.rating_tasks(train, parameters["borrowed"], parameters["part"], parameters["seed"])
     predictor, seconds = timed(multitask.train_multitask, tasks, **training_of(parameters))
     if parameters["int8"]:
-        with tempfile.TemporaryDirectory() as folder:
-            predictor.save(Path(folder) / "float", "")
-            predictor = export.int8(Path(folder) / "float", batch_size=64)
+        predictor = in_int8(predictor)
     thresholds = sentiment.fit_thresholds(multitask.rate(predictor, validation["text"]), validation["sentiment"])
     shown = validation if parameters["split"] == "validation" else test
     ratings, inference = timed(multitask.rate, predictor, shown["text"])

@@ -104,7 +104,8 @@ class Scorer:
             chosen: the reader's topics; None for those of the models
         """
         self.config = MonitorConfig.load(folder).for_rate(every)
-        load = export.int8 if precision == "int8" else partial(models.Predictor.load, precision=precision)
+        small = partial(export.int8, batch_size=8, side_by_side=True)
+        load = small if precision == "int8" else partial(models.Predictor.load, precision=precision)
         self.ratings = load(folder / "sentiment")
         self.topics = chosen or (load(folder / "topics") if (folder / "topics").is_dir() else None)
         fine = "auto" if precision == "int8" else precision

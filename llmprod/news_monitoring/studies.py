@@ -13,8 +13,8 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 
 from llmprod import data
-from llmprod.financial_sentiment import multitask, sentiment, weak_labels
-from llmprod.financial_sentiment.studies import timed, training_of
+from llmprod.financial_sentiment import entities, multitask, sentiment, weak_labels
+from llmprod.financial_sentiment.studies import in_int8, timed, training_of
 from llmprod.news_monitoring import shift, simulate, streams
 from llmprod.news_monitoring.topics import Topics, parse
 
@@ -93,6 +93,48 @@ def alarms(parameters: Mapping[str, object]) -> dict:
             years, calendar = simulate.made_years(*calm, 200, parameters["seed"])
             by_chance = np.mean([by_day(year, calendar, settings.days, chart).sum() for year in years])
             metrics[f"{name}, false alarms a year, EWMA"] = float(by_chance)
+    return {"metrics": metrics, "speeds": speeds}
+
+
+def unrated(number: int, seed: int) -> list[str]:
+    """A random sample of sentences, without their ratings: of movies, products, tweets and the newswire of 1996."""
+    texts = [text for domain in ("tweets", "amazon", "movies") for text in sentiment.load(part=domain)["text"]]
+    texts += [text for text, _ in entities.conll("train") if len(text.split()) > 5]  # no headings, no lines of tables
+    some = list(dict.fromkeys(texts))
+    return [some[i] for i in np.random.default_rng(seed).permutation(len(some))[:number]]
+
+
+def distillation(parameters: Mapping[str, object]) -> dict:
+    """Trains a large encoder on rated sentences, and small ones on these and on its ratings of `unrated` sentences.
+
+    Teacher and students (Hinton et al. 2015; on texts without labels, as Jiao et al. 2020) are scored on the same test
+    sentences, together with small encoders that saw the rated sentences alone, in float32 and in int8. For each: r, the
+    headlines of 2020 that it rates in a second, and days to the first alarm and the number of alarms, as in `alarms`.
+    """
+    seed, settings = parameters["seed"], training_of(parameters)
+    train, _, test = sentiment.split_half(sentiment.load(), seed)
+    rated, others = multitask.rating_tasks(train), unrated(parameters["unrated"], seed)
+    large = {"model": parameters["teacher"], "learning_rate": parameters["teacher_rate"]}
+    teacher, seconds = timed(multitask.train_multitask, rated, **settings | large)
+    speeds, readers = {"training of the teacher, s": seconds}, {"teacher": teacher}
+    targets = np.concatenate([train["rating"], multitask.rate(teacher, others)])
+    taught = [multitask.Task("sentiment", [*train["text"], *others], targets)]
+    for name, tasks in (("student", taught), ("untaught", rated)):
+        for layers in parameters["sizes"]:
+            small, seconds = timed(multitask.train_multitask, tasks, **settings | {"layers": layers})
+            readers |= {f"{name}, {layers} layers": small, f"{name}, {layers} layers, int8": in_int8(small)}
+            speeds[f"training, {name}, {layers} layers, s"] = seconds
+    stream = streams.load("business-headlines")
+    days, allowed = streams.days(stream["date"]).to_numpy(), np.array(float(parameters["false_alarms"]))
+    metrics = {}
+    for name, reader in readers.items():
+        multitask.rate(reader, stream["text"].head(64))  # the first call is slower
+        own, seconds = timed(multitask.rate, reader, stream["text"])
+        speeds[f"{name}, headlines/s"] = len(stream) / seconds
+        metrics[f"{name}, r"] = float(np.corrcoef(multitask.rate(reader, test["text"]), test["rating"])[0, 1])
+        raised = shift.replay(-own[None], days, allowed, shift.Settings())["raised"][0] > 0
+        first = float(days[raised.argmax()] - days[0]) if raised.any() else float("nan")
+        metrics |= {f"{name}, first alarm, day": first, f"{name}, alarms": int(raised.sum())}
     return {"metrics": metrics, "speeds": speeds}
 
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,16 @@ class OnnxClassifier(torch.nn.Module):
     one scale, so that the logits of a text depend a little on the other texts of its batch.
     """
 
-    def __init__(self, file: Path, config: object):
-        """Reads a file that this module wrote; `config` is the checkpoint's. Raises ModelError if it is damaged."""
+    def __init__(self, file: Path, config: object, threads: int = 0):
+        """Reads a file that this module wrote; `config` is the checkpoint's. Raises ModelError if it is damaged.
+
+        A batch is computed by so many threads; 0: by as many as PyTorch's.
+        """
         import onnxruntime
 
         super().__init__()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
         self.config, self.file = config, Path(file)
         with models.reading(self.file):
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -52,11 +56,30 @@ class OnnxClassifier(torch.nn.Module):
         self.config.save_pretrained(folder)
 
 
-def int8(folder: Path, batch_size: int = 32) -> models.Predictor:
+class SideBySide(models.Predictor):
+    """A predictor whose batches are computed at the same time, each by one thread.
+
+    Small products gain little from a second thread: many texts are done sooner so, a single batch later.
+    """
+
+    def infer(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `models.Predictor.infer`, with the same batches."""
+        batches = list(models.length_sorted_batches(texts, self.tokenizer, self.batch_size))
+        logits = np.zeros((len(texts), self.model.config.num_labels), dtype=np.float32)
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = pool.map(lambda batch: self.model(**batch[1]), batches)
+            for (rows, _), outputs in zip(batches, found, strict=True):
+                logits[rows], vectors[rows] = outputs.logits.numpy(), outputs.vectors.numpy()
+        return logits, vectors
+
+
+def int8(folder: Path, batch_size: int = 32, side_by_side: bool = False) -> models.Predictor:
     """The checkpoint in a folder with int8 weights, which are written next to it the first time.
 
     A file next to them says of which weights they were made; where it does not hold, they are written again. Small
-    batches keep the products in the processor's cache, and are faster.
+    batches keep the products in the processor's cache, and are faster. `side_by_side` is for many texts at a time, see
+    `SideBySide`.
     """
     whole, (file, made) = models.Predictor.load(folder), (folder / name for name in models.INT8)
 
@@ -67,7 +90,8 @@ def int8(folder: Path, batch_size: int = 32) -> models.Predictor:
         print(f"Writing {file.name} next to the checkpoint, once.")
         save_int8(whole.model, file)
         files.write_json(made, found())
-    return models.Predictor(OnnxClassifier(file, whole.model.config), whole.tokenizer, "fp32", batch_size)
+    kind, threads = (SideBySide, 1) if side_by_side else (models.Predictor, 0)
+    return kind(OnnxClassifier(file, whole.model.config, threads), whole.tokenizer, "fp32", batch_size)
 
 
 def save(predictor: models.Predictor, folder: Path, write: Callable[[Path], None] | None = None) -> models.Predictor:
