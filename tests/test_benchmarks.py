@@ -97,3 +97,14 @@ def test_larger_sizes_are_reckoned_from_the_two_largest(monkeypatch, tmp_path):
     assert "| EASE | 13 | 2,000 items | 32 s, 1.2 GB memory | n^3 (3.00) | 127 years, 200 TB memory |" in re.sub(
         " +", " ", report.result_table("scaling", "en")
     )
+
+
+def test_the_monitor_is_timed_from_a_file_and_from_a_feed(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.monitor", "--documents", "24", "--layers", "1", "--precision", "auto"]
+    environment = os.environ | {"LLMPROD_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "reports/bench/monitor.json").read_text())["rows"]
+    assert [row["texts"] for row in rows] == ["headlines", "headlines, companies", "newswire"]
+    assert all(row["file, documents/s"] > 0 and row["feed, documents/s"] > 0 for row in rows)
+    assert all(row["layers"] == 1 and row["precision"] == "auto" for row in rows)
