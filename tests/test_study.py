@@ -1,5 +1,6 @@
 """Studies: declared runs can run, finished ones are kept, changed code is noticed, committed rows are declared ones."""
 
+import ast
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from llmprod import LLMProdError, data, machine, paths, workers
-from llmprod.harness import check, results, study
+from llmprod.harness import check, pipeline, results, study
 
 from .test_fingerprints import statement_in
 
@@ -352,3 +353,22 @@ def test_committed_rows_are_runs_of_the_declaration(path):
         assert not row["code"] or "+" not in row["provenance"]["commit"], "rows with a fingerprint come from a commit"
         assert set(row["provenance"]) == {"minutes", "machine", "commit", "versions"}
         assert set(row["provenance"]["versions"]) == set(machine.SHOWN)
+
+
+def test_the_tables_of_the_notebooks_group_the_rows_that_are_declared():
+    """A table of a study without rows shows nothing: that its columns are there must not first be tried with rows."""
+    seen = 0
+    for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
+        for node in ast.walk(ast.parse("\n".join(pipeline.code_of(pipeline.read(path.stem))))):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "study.means"):
+                continue
+            try:
+                name, by = (ast.literal_eval(argument) for argument in node.args[:2])
+            except ValueError:  # the name of a study in a loop
+                continue
+            for parameters in study.grid(name):
+                everything = study.defaults(parameters["experiment"]) | parameters
+                values = [everything[column] for column in by]
+                assert all(isinstance(value, str | int | float | bool) for value in values), (path.stem, name, by)
+            seen += 1
+    assert seen > 10
