@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import load, record, scaling, serving, verdict
+from benchmarks import load, monitor, record, scaling, serving, verdict
 from llmprod import paths
 from llmprod.harness import report
 
@@ -99,12 +99,11 @@ def test_larger_sizes_are_reckoned_from_the_two_largest(monkeypatch, tmp_path):
     )
 
 
-def test_the_monitor_is_timed_from_a_file_and_from_a_feed(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.monitor", "--documents", "24", "--layers", "1", "--precision", "auto"]
-    environment = os.environ | {"LLMPROD_HOME": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "reports/bench/monitor.json").read_text())["rows"]
+def test_the_monitor_is_timed_from_a_file_and_from_a_feed(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["monitor", "--documents", "24", "--layers", "1", "--precision", "auto"])
+    monitor.main()
+    rows = json.loads((tmp_path / "bench/monitor.json").read_text())["rows"]
     assert [row["texts"] for row in rows] == ["headlines", "headlines, companies", "newswire"]
     assert all(row["file, documents/s"] > 0 and row["feed, documents/s"] > 0 for row in rows)
     assert all(row["layers"] == 1 and row["precision"] == "auto" for row in rows)
