@@ -63,7 +63,7 @@ def main() -> None:
     machine.set_threads()
     machine.seed_everything(0)
     torch.use_deterministic_algorithms(False)  # as plain users of a GPU have it
-    peak = gemm_peak(8192 if cuda else 1024)
+    peak = gemm_peak(8192 if cuda else 512)
     print(f"{machine.describe()}; {driver()}; peak {peak / 1e12:.3g} TFLOP/s", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
