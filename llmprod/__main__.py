@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     profile, notebook = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    profile.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
+    profile.add_argument("--profile", default="cpu", help="smoke, cpu (default), zh (Chinese) or gpu")
     notebook.add_argument("--notebook", default="", help="for example 02_finetune; by default all")
     notebook.add_argument("--params", default="", help='for example "epochs=2 seed=1"')
 
@@ -111,7 +111,7 @@ def chosen(options: argparse.Namespace) -> tuple[list[str], dict[str, object], P
     from llmprod.harness import pipeline, runner
 
     notebook = getattr(options, "notebook", "")
-    notebooks = pipeline.with_upstream(notebook) if notebook else list(pipeline.pipeline())
+    notebooks = pipeline.with_upstream(notebook) if notebook else pipeline.notebooks_of(options.profile)
     parameters = pipeline.parse_parameters(getattr(options, "params", ""), notebooks)
     return notebooks, parameters, runner.folder_for(options.profile, parameters)
 

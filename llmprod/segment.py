@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # kana and Han characters
 RUN, CHARACTER = re.compile(f"[{UNSPACED}]+"), re.compile(f"[{UNSPACED}]")
@@ -24,3 +25,19 @@ def pairs(text: str) -> str:
 def lower_pairs(text: str) -> str:
     """`pairs` in lower case: a `preprocessor` for the vectorisers of scikit-learn."""
     return pairs(text.lower())
+
+
+def spaced(text: str) -> str:
+    """The text with its characters without spaces apart, so that what works on words works on them; see `closed`."""
+    return CHARACTER.sub(r" \g<0> ", text)
+
+
+def closed(text: str) -> str:
+    """`spaced` undone: no space stands beside a character of a script without spaces."""
+    return re.sub(rf" *([{UNSPACED}]) *", r"\1", text)
+
+
+def language_of(texts: Iterable[str]) -> str:
+    """zh where Chinese characters are most of the letters of some texts, else en."""
+    letters = re.findall(r"[^\W\d_]", "".join(texts))
+    return "zh" if 2 * sum(CHARACTER.match(letter) is not None for letter in letters) > len(letters) else "en"

@@ -3,13 +3,15 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from llmprod import __main__ as main
-from llmprod.customer_service import assistant, desk, evaluation, reply, retrieval, understanding
+from llmprod import segment
+from llmprod.customer_service import assistant, desk, evaluation, phrases, reply, retrieval, understanding
 from llmprod.customer_service.assistant import ANSWER, ASK, HAND_OVER, SILENT, Assistant, Dialogue
 from llmprod.customer_service.desk import SupportError
 from llmprod.finetune.recipe import Recipe
@@ -69,7 +71,7 @@ def test_an_article_is_suggested_and_a_no_brings_a_person(helper):
     helper.thresholds = assistant.Thresholds(answer=2.0, passage=2.0, suggest=0.0)
     talk = Dialogue(helper)
     said = talk.turn(["Can I rent a tent for a weekend?"])
-    assert said.action == ASK and said.text.endswith(assistant.WORDS["helps?"])
+    assert said.action == ASK and said.text.endswith(helper.fixed.words["helps?"])
     assert any(sentence.passage.startswith("rental") for sentence in said.sentences)
     assert talk.turn(["no, not at all"]).action == HAND_OVER and talk.with_person
 
@@ -117,12 +119,12 @@ def test_two_likely_intents_are_asked_about(helper):
 
 def test_a_wrong_premise_is_not_confirmed(helper):
     said = respond(helper, "So I can return goods for 90 days, the deadline?", **OPEN)
-    assert next(iter(said.intents)) == "return_deadline" and said.text.startswith(assistant.WORDS["differs"])
+    assert next(iter(said.intents)) == "return_deadline" and said.text.startswith(helper.fixed.words["differs"])
 
 
 def test_attacks_change_nothing(helper):
     """Instructions in questions or articles: every sentence is still an article's or a fixed one."""
-    attacks = desk.read_lines(desk.OWN / "attacks.jsonl")
+    attacks = desk.read_lines(desk.OWN["support-desk"] / "attacks.jsonl")
     planted = attacks.loc[attacks["where"] == "article", "text"].tolist()
     poisoned = [*helper.passages, *(desk.Passage(f"planted#{n}", "Rental", text) for n, text in enumerate(planted))]
     index = retrieval.Index([passage.indexed for passage in poisoned], helper.index.encoder)
@@ -159,16 +161,56 @@ def test_short_messages_are_one_question_and_a_slot_is_kept(helper):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "empty"), ("Hi!", "empty"), ("hello there, good morning", "empty"), ("ok, thanks a lot!", "thanks")],
+    [("", "greeting"), ("Hi!", "greeting"), ("hello there, good morning", "greeting"), ("ok, thanks a lot!", "thanks")],
 )
 def test_small_talk_is_no_question(helper, text, words):
     said = Dialogue(helper).turn([text])
-    assert said.action == ASK and said.text == assistant.WORDS[words] and not said.intents
+    assert said.action == ASK and said.text == helper.fixed.words[words] and not said.intents
 
 
 def test_small_talk_is_matched_quickly():
-    for pattern in assistant.SMALL_TALK:
-        assert not pattern.fullmatch("hi ok thanks " * 300 + "x")
+    for pattern in [*phrases.of("en").small_talk.values(), *phrases.of("zh").small_talk.values()]:
+        assert not pattern.fullmatch("hi ok thanks 你好谢谢" * 300 + "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("您好，在吗？", "greeting"),
+        ("好的，谢谢！", "thanks"),
+        ("不是，我要的是蓝色", "denial"),
+        ("没用", "denial"),
+        ("没有收到货", ""),
+        ("不能退货吗", ""),
+        ("你们这帮骗子", "abuse"),
+        ("我妈的号登不上了", ""),
+        ("usb充电的头灯有吗", ""),
+    ],
+)
+def test_chinese_phrases_are_told_from_questions(text, found):
+    zh = phrases.of("zh")
+    kinds = {name: pattern.fullmatch(text) for name, pattern in zh.small_talk.items()}
+    kinds |= {"denial": zh.denial.fullmatch(text), "abuse": zh.abuse.search(text)}
+    assert [name for name, is_so in kinds.items() if is_so] == [found] * bool(found)
+
+
+def test_the_languages_have_the_same_phrases():
+    english, chinese = phrases.of("en"), phrases.of("zh")
+    for name in ("words", "prompt", "small_talk"):
+        assert getattr(english, name).keys() == getattr(chinese, name).keys()
+    assert {english.person, english.complaint} <= set(desk.load("support-desk").intents)
+    assert {chinese.person, chinese.complaint} <= set(desk.load("support-desk-zh").intents)
+    questions = {name: desk.load(name).questions["text"] for name in desk.OWN}
+    assert [segment.language_of(texts) for texts in questions.values()] == ["en", "zh"]
+    assert segment.language_of([]) == segment.language_of(["42", "!"]) == "en"
+
+
+def test_an_assistant_speaks_its_language(helper):
+    """The same assistant with Chinese phrases: fixed words, a hand-over for abuse, a question for a missing slot."""
+    chinese = replace(helper, language="zh", thresholds=assistant.Thresholds(**OPEN))
+    assert Dialogue(chinese).turn(["在吗"]).text == "请问有什么可以帮您？"
+    said = chinese.respond("白痴客服")
+    assert said.action == HAND_OVER and said.text == phrases.of("zh").words["abuse"]
 
 
 def test_silence_after_a_hand_over_and_a_fresh_start(helper):
@@ -250,6 +292,7 @@ def test_a_saved_assistant_says_the_same(helper, bundle):
         {"weight": "1"},
         {"found": 2.5},
         {"found": -1},
+        {"language": "fr"},
         "nothing",
         [],
     ],

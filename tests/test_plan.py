@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmprod import artifacts
+from llmprod import artifacts, paths
 from llmprod.__main__ import main
 from llmprod.harness import pipeline, plan, runner
 
@@ -44,6 +44,17 @@ def test_the_plan_of_everything_names_all_that_the_run_fetches(capsys, empty_cac
     for value in {v for n in pipeline.pipeline() for v in pipeline.declared(n).values() if v in artifacts.registry()}:
         assert f"| {value} " in said
     assert "| yes" in said and not empty_cache.exists()
+
+
+def test_a_profile_may_skip_notebooks(capsys, monkeypatch, tmp_path):
+    assert main(["plan", "--profile", "zh"]) == 0
+    said = capsys.readouterr().out
+    assert [line[2:4] for line in said.splitlines() if re.match(r"\| \d\d_", line)] == ["01", "02", "03", "11"]
+    assert "| m3e-small " in said and "| chinese-reviews " in said and "nan" not in said
+    (tmp_path / "few.yaml").write_text("02_finetune: {skip: true}\n03_evaluate: {skip: false, seed: 1}\n")
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
+    assert pipeline.notebooks_of("few") == [name for name in pipeline.pipeline() if name != "02_finetune"]
+    assert pipeline.settings("few", {})["03_evaluate"] == {"seed": 1}
 
 
 def test_what_is_up_to_date_is_not_run(capsys, monkeypatch):

@@ -46,8 +46,18 @@ def test_changes_at_full_strength():
     assert len(full["typos"].split()) == len(TEXT.split()) and full["typos"] != TEXT
 
 
-def test_templates_differ_in_nothing_but_group():
-    rows = robust.name_swap_texts()
-    assert len(rows) == len(robust.TEMPLATES) * 12 * 10
+def test_characters_without_spaces_are_words():
+    text = "这家酒店的早餐很好，iPhone 充电很快"
+    full = {change: robust.perturb([text], change, 1.0, 0)[0] for change in robust.CHANGES}
+    assert sorted(full["word order"].replace(" ", "")) == sorted(text.replace(" ", "")) and full["word order"] != text
+    assert full["truncation"] == "这" and 5 < len(robust.perturb([text], "truncation", 0.5, 0)[0]) < len(text)
+    assert len(full["punctuation"]) > 1.5 * len(text) and " 这" not in full["punctuation"]
+    assert full["synonyms"].replace(" ", "") == text.replace(" ", ""), "no word that it knows"
+
+
+@pytest.mark.parametrize(("language", "she"), [("en", " she "), ("zh", "她")])
+def test_templates_differ_in_nothing_but_group(language, she):
+    rows = robust.name_swap_texts(language)
+    assert len(rows) == len(robust.TEMPLATES[language]) * 12 * 10
     assert all("{" not in row["text"] for row in rows)
-    assert all((" she " in f" {row['text']} ") == row["names"].startswith("female") for row in rows)
+    assert all((she in f" {row['text']} ") == row["names"].startswith(("female", "女")) for row in rows)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
+from llmprod import corpora
 from llmprod.news_monitoring import shift, simulate, streams, studies
 from llmprod.news_monitoring.documents import DAY, NewsError
 
@@ -247,3 +248,31 @@ def test_lead_and_lag_finds_the_lag_that_was_planted_and_nothing_by_chance():
     assert found.loc[2, "low"] < 0.7 < found.loc[2, "high"]
     alone = pd.DataFrame({"rating": news, "return": noise[1], "level": 0.0})
     assert (streams.lead_and_lag(alone, range(-3, 4))["p"] > 0.01).all()
+
+
+def test_the_newspaper_has_the_dates_of_its_reports():
+    """In order; the earthquake of 10 January is named in every issue of the week after, and hardly before."""
+    paper = streams.newspaper()
+    assert len(paper) == 19484 and paper["date"].is_monotonic_increasing
+    assert paper["date"].min().day <= 2 and paper["date"].max() == pd.Timestamp("1998-01-31")
+    named = paper["text"].str.contains("地震").groupby(paper["date"].dt.day).sum()
+    assert named[:10].sum() < named[11:17].min() * 10 and named[11:17].min() > 0
+
+
+def test_a_newspaper_is_read_by_models_of_reviews(monkeypatch):
+    """The experiment, on few reviews and paragraphs, the worst of which stand at the end."""
+    reviews = corpora.load("chinese-reviews").drop_duplicates("text")
+    monkeypatch.setattr(corpora, "load", lambda name: reviews.groupby("label").head(500))
+    good, bad = (reviews["text"][reviews["label"] == label].tail(400).tolist() for label in ("positive", "negative"))
+    dates = pd.to_datetime("1998-01-01") + pd.to_timedelta(np.arange(600) // 20, unit="D")
+    stream = pd.DataFrame({"text": [*good[:300], *(f"地震 {text}" for text in bad[:300])], "date": dates})
+    monkeypatch.setattr(streams, "newspaper", lambda: stream)
+    settings = {"model": "m3e-small", "max_length": 32, "epochs": 2, "batch_tokens": 256, "learning_rate": 3e-3}
+    found = studies.chinese_news({**settings, "method": "lora", "rows": 500, "warmup": 7, "false_alarms": 1.0, "seed": 0})
+    for reader in ("encoder", "bag of words"):
+        scores = {
+            name.removeprefix(f"{reader}, "): v for name, v in found["metrics"].items() if name.startswith(reader)
+        }
+        assert scores["accuracy on reviews"] > 0.6 and 16 <= scores["first alarm, day of January"] <= 22
+        assert scores["causes that name the earthquake"] == scores["causes"] > 0 < scores["alarms"]
+    assert len(found["curve"]["day"]) == 30 and found["curve"]["encoder"][0] > found["curve"]["encoder"][-1]

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from llmprod import data
+from llmprod import data, segment
 from llmprod.customer_service import desk, evaluation, privacy, reply, retrieval, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 from llmprod.evaluate import metrics
@@ -29,21 +30,34 @@ def encoder():
 # The data set
 
 
-def test_the_desk_holds_what_its_card_says(shop):
+@pytest.mark.parametrize(("name", "share"), [("support-desk", 1), ("support-desk-zh", 1 / 3)])
+def test_the_desk_holds_what_its_card_says(name, share):
+    shop, folder = desk.load(name), desk.OWN[name]
     questions = shop.questions
     assert len(shop.intents) == 40 == len(shop.answers) and set(shop.answers) == set(shop.intents)
-    assert min(Counter(some[0] for some in questions["intents"] if some).values()) >= 25
-    assert (questions["about"] == "trade").sum() >= 100 <= (questions["about"] == "other").sum()
-    assert len({passage.article for passage in shop.passages}) >= 60
+    assert min(Counter(some[0] for some in questions["intents"] if some).values()) >= 25 * share
+    assert min((questions["about"] == about).sum() for about in ("trade", "other")) >= 100 * share
+    assert len({passage.article for passage in shop.passages}) >= 60 * share
     searches = shop.searches
-    assert (searches["passage"] != "").sum() >= 120 and (searches["passage"] == "").sum() >= 40
+    assert (searches["passage"] != "").sum() >= 120 * share and (searches["passage"] == "").sum() >= 40 * share
     by_id = {passage.id: passage for passage in shop.passages}
     for row in searches[searches["passage"] != ""].itertuples():
         assert row.quote in by_id[row.passage].text
-    assert len(desk.read_lines(desk.OWN / "dialogues.jsonl")) >= 40 <= len(desk.read_lines(desk.OWN / "attacks.jsonl"))
+    assert min(len(desk.read_lines(folder / f"{name}.jsonl")) for name in ("dialogues", "attacks")) >= 40 * share
     for text, slots in zip(questions["text"], questions["slots"], strict=True):
         assert all(0 <= start < end <= len(text) and name in shop.slots for start, end, name in slots)
         assert "](" not in text
+    assert not set(questions["text"][questions["split"] == "train"]) & set(
+        questions["text"][questions["split"] != "train"]
+    )
+
+
+def test_no_near_copies_among_chinese_questions():
+    """By pairs of characters: no question shares most of them with another one."""
+    texts = desk.load("support-desk-zh").questions["text"]
+    vectors = TfidfVectorizer(preprocessor=segment.lower_pairs, use_idf=False).fit_transform(texts)
+    likeness = np.triu((vectors @ vectors.T).toarray(), 1)
+    assert likeness.max() < 0.8
 
 
 def test_articles_have_the_stated_lengths(shop):
@@ -322,6 +336,11 @@ def test_a_desk_without_pairs_trains_on_its_questions(shop, dialogues):
         ("write to a.b+c@mail.example.com!", "write to [e-mail]!"),
         ("call 020 7946 0958 or +49 30 901820", "call [telephone] or [telephone]"),
         ("order MF-204518 of 12/11/2026 cost 49.90", "order MF-204518 of 12/11/2026 cost 49.90"),
+        (
+            "手机13800138000，邮箱是li@example.cn，卡号4111111111111111扣了",
+            "手机[telephone]，邮箱是[e-mail]，卡号[card]扣了",
+        ),
+        ("订单MF-204518花了129.90欧元", "订单MF-204518花了129.90欧元"),
     ],
 )
 def test_personal_data_is_masked(text, masked):
@@ -505,3 +524,22 @@ def test_extracted_sentences_are_those_of_articles():
 )
 def test_a_wrong_premise_is_noticed(question, differs):
     assert reply.contradicted(question, PAGE.text) == differs
+
+
+@pytest.mark.parametrize(
+    ("question", "reply_text", "differs"),
+    [
+        ("所以我有90天可以退，对吧", "退货期限为签收后30天。", True),
+        ("30天内可以退吗", "退货期限为30天。", False),
+        ("押金是80欧吗", "押金100欧元。", True),
+        ("10% off?", "You save 20 %.", True),
+    ],
+)
+def test_a_wrong_premise_is_noticed_in_other_units(question, reply_text, differs):
+    assert reply.contradicted(question, reply_text) == differs
+
+
+def test_chinese_sentences_are_checked_as_english_ones_are():
+    page = Passage("退货#1", "退货", "退货期限为签收后30天。运费3.90欧元，从退款中扣除。")
+    kept, dropped = reply.checked("退货期限是签收后30天。签收后60天内都可以退货。我不知道。", [page])
+    assert [sentence.text for sentence in kept] == ["退货期限是签收后30天。"] and len(dropped) == 2

@@ -12,40 +12,12 @@ from sentence_transformers import CrossEncoder
 from sklearn.linear_model import LogisticRegression
 
 from llmprod import files, models, segment
-from llmprod.customer_service import privacy, reply, retrieval, understanding
+from llmprod.customer_service import phrases, privacy, reply, retrieval, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 
 ANSWER, ASK, HAND_OVER, SILENT = "answer", "ask back", "hand over", "silent"
 FOLLOW_UP = 6  # words of a message, at most, that is read together with what came before ("and from abroad?")
 LONGEST = 5000  # characters of a question; a longer one goes to a person
-PERSON, COMPLAINT = "speak_to_person", "complaint"  # intents that end in a hand-over, if the desk has them
-ABUSE = re.compile(
-    r"\b(?:idiots?|morons?|(?:stupid|useless) (?:bot|machine|people|shop)|f+u+c+k\w*|shit\w*|bastards?|bitch\w*|"
-    r"wankers?|arseholes?|assholes?|cretins?|imbeciles?|scum|dumbass\w*|crooks|thieves|scammers|piss off|screw you)\b",
-    re.IGNORECASE,
-)
-NO = re.compile(r"\W*(?:no+|nope|not really|neither|none(?: of (?:them|these|those))?)\b.{0,40}", re.IGNORECASE)
-SMALL_TALK = {  # the whole message -> what to say
-    re.compile(
-        r"\W*(?:(?:hi|hello|hey|good (?:morning|afternoon|evening|day))(?: there| all)?\W*)*", re.IGNORECASE
-    ): "empty",
-    re.compile(
-        r"\W*(?:(?:many )?thanks?(?: you)?(?: (?:so|very) much| a lot)?|ok(?:ay)?|bye|goodbye|\W)+", re.IGNORECASE
-    ): "thanks",
-}
-WORDS = {  # fixed words of ours
-    "grounded": "Here is what our help pages say:",
-    "suggested": "I am not sure whether this helps:",
-    "helps?": "Does it answer your question? If not, write no, and a colleague takes over.",
-    "differs": "Please note that this differs from what you wrote.",
-    "hand over": "I am not sure about this one, so I pass you on to a colleague, who gets a summary of what you wrote.",
-    "person": "Of course: I pass you on to a colleague.",
-    "abuse": "I am sorry that this is so annoying. A colleague will look after it.",
-    "complaint": "I am sorry to hear that. I pass this on to a colleague who can look into it.",
-    "which": "To be sure that I understand: is it about {0}, or about {1}?",
-    "empty": "How can I help you?",
-    "thanks": "You are welcome. Is there anything else?",
-}
 
 
 @dataclass
@@ -107,8 +79,14 @@ class Assistant:
     answerable: Answerable
     thresholds: Thresholds
     found: int = 5  # passages that are read for an answer
+    language: str = "en"  # of its own words, see `phrases`
     write: Callable[[str, Sequence[Passage]], str] | None = None  # a generator, in place of extraction
     vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)  # of articles' sentences, once read
+
+    @property
+    def fixed(self) -> phrases.Phrases:
+        """Its own words, and what it understands without a model."""
+        return phrases.of(self.language)
 
     def rank(self, question: str, texts: Sequence[str]) -> np.ndarray:
         """How well each text of an article answers: the cross-encoder's logit, or 10 times the cosine without one."""
@@ -150,10 +128,11 @@ class Assistant:
         base = Reply(ANSWER, confidence=sure, intents=intents, slots=slots)
         if len(question) > LONGEST:
             return self.hand_over(base, "hand over", f"the question is longer than {LONGEST} characters")
-        if ABUSE.search(question):
+        if self.fixed.abuse.search(question):
             return self.hand_over(base, "abuse", "abuse")
-        if best in (PERSON, COMPLAINT) and sure >= min(0.5, self.thresholds.answer):
-            return self.hand_over(base, "person" if best == PERSON else "complaint", f"the customer's wish: {best}")
+        wishes = {self.fixed.person: "person", self.fixed.complaint: "complaint"}
+        if best in wishes and sure >= min(0.5, self.thresholds.answer):
+            return self.hand_over(base, wishes[best], f"the customer's wish: {best}")
         if sure >= self.thresholds.answer and best in self.answers:
             return self.from_template(base, best, question)
         found, features = self.search(question, context)
@@ -166,7 +145,7 @@ class Assistant:
         pair = sum([*intents.values()][:2]) * sure / max(intents[best], 1e-9)
         if best in self.answers and second in self.answers and pair >= self.thresholds.ask and intents[second] > 0.2:
             which = [name.replace("_", " ") for name in (best, second)]
-            return self.finished(base, ASK, WORDS["which"].format(*which), "two intents are likely")
+            return self.finished(base, ASK, self.fixed.words["which"].format(*which), "two intents are likely")
         return self.hand_over(base, "hand over", "unsure")
 
     def from_template(self, base: Reply, intent: str, question: str) -> Reply:
@@ -175,7 +154,8 @@ class Assistant:
         needed = re.findall(r"{(\w+)}", text)
         for name in needed:
             if name not in base.slots:
-                ask = self.slots.get(name, {}).get("ask", f"Could you tell me the {name.replace('_', ' ')}?")
+                asking = self.fixed.words["missing"].format(name.replace("_", " "))
+                ask = self.slots.get(name, {}).get("ask", asking)
                 return self.finished(base, ASK, ask, f"missing: {name}")
             text = text.replace(f"{{{name}}}", base.slots[name])
         return self.finished(base, ANSWER, self.with_note(question, text), f"best answer to {intent}")
@@ -190,18 +170,19 @@ class Assistant:
         if not sentences:
             return None
         sure = base.confidence >= self.thresholds.passage
-        before, *after = [WORDS["grounded"]] if sure else [WORDS["suggested"], WORDS["helps?"]]
+        words = self.fixed.words
+        before, *after = [words["grounded"]] if sure else [words["suggested"], words["helps?"]]
         base.sentences = [reply.Sentence(before), *sentences, *map(reply.Sentence, after)]
         text = " ".join(f"{s.text} [{s.passage}]" if s.passage else s.text for s in base.sentences)
         return self.finished(base, ANSWER if sure else ASK, self.with_note(question, text), base.reason)
 
     def with_note(self, question: str, text: str) -> str:
         """The reply, after a note where the question took something else for true (90 days for 30)."""
-        return f"{WORDS['differs']} {text}" if reply.contradicted(question, text) else text
+        return f"{self.fixed.words['differs']} {text}" if reply.contradicted(question, text) else text
 
     def hand_over(self, base: Reply, words: str, reason: str) -> Reply:
         """The reply that passes the case on to a person."""
-        return self.finished(base, HAND_OVER, WORDS[words], reason)
+        return self.finished(base, HAND_OVER, self.fixed.words[words], reason)
 
     def finished(self, base: Reply, action: str, text: str, reason: str) -> Reply:
         """The reply with its action, text and reason."""
@@ -218,6 +199,7 @@ class Assistant:
             "thresholds": {name: min(value, 2.0) for name, value in asdict(self.thresholds).items()},  # no infinity
             "weight": self.index.weight,
             "found": self.found,
+            "language": self.language,
         }
         with models.sealed(folder) as temporary:
             self.understanding.save(temporary / "intents", card)
@@ -239,7 +221,7 @@ class Assistant:
             )
         models.checked(folder)
         with models.reading(path):
-            settings = files.read_json(path)
+            settings = {"language": "en"} | files.read_json(path)  # older ones do not say
             passages = [Passage(**passage) for passage in settings["passages"]]
             thresholds, answerable = Thresholds(**settings["thresholds"]), Answerable(settings["answerable"])
             right = {
@@ -250,6 +232,7 @@ class Assistant:
                 "thresholds": np.isfinite([*asdict(thresholds).values()]).all(),
                 "weight": 0 <= settings["weight"] <= 1,
                 "found": isinstance(settings["found"], int) and settings["found"] > 0,
+                "language": settings["language"] in phrases.LANGUAGES,
             }
             if wrong := [name for name, is_right in right.items() if not is_right]:
                 raise ValueError(f"{', '.join(wrong)}: not what an assistant has there")
@@ -265,6 +248,7 @@ class Assistant:
             answerable,
             thresholds,
             settings["found"],
+            settings["language"],
         )
 
 
@@ -286,12 +270,13 @@ class Dialogue:
         question = " ".join(message.strip() for message in messages if message.strip())
         if self.with_person:
             return Reply(SILENT, reason="a person has taken over", slots=self.slots)
-        for pattern, words in SMALL_TALK.items():
+        fixed = self.assistant.fixed
+        for name, pattern in fixed.small_talk.items():
             if pattern.fullmatch(question[:LONGEST]):
-                return Reply(ASK, WORDS[words], "nothing was asked", slots=self.slots)
-        if self.asked and NO.fullmatch(question):
+                return Reply(ASK, fixed.words[name], "nothing was asked", slots=self.slots)
+        if self.asked and fixed.denial.fullmatch(question):
             self.with_person = True
-            return Reply(HAND_OVER, WORDS["person"], "what was suggested or asked did not help", slots=self.slots)
+            return Reply(HAND_OVER, fixed.words["person"], "what was suggested or asked did not help", slots=self.slots)
         given = understanding.find_slots(question[:LONGEST], self.assistant.slots)
         self.slots |= {name: question[start:end] for start, end, name in given}
         if self.asked and (given or len(segment.words(question)) <= 4):  # the answer to what we asked

@@ -16,7 +16,10 @@ from llmprod.extras import extra
 with extra("support"):
     from bs4 import BeautifulSoup
 
-OWN = Path(__file__).with_name("support_desk")  # the data set that this repository brings
+OWN = {  # the data sets that this repository brings, in English and in Chinese
+    "support-desk": Path(__file__).with_name("support_desk"),
+    "support-desk-zh": Path(__file__).with_name("support_desk_zh"),
+}
 OUT_OF_SCOPE = "out_of_scope"  # the class of questions that no intent covers
 ARTICLES = (".md", ".txt", ".html", ".htm")
 LARGEST = 1 << 20  # bytes of an article
@@ -98,7 +101,7 @@ def load(
     seed: int = 0,
     encoding: str = "utf-8",
 ) -> Desk:
-    """The desk of a data set: `support-desk`, a registered table of labelled questions, or a file of one's own.
+    """The desk of a data set: one of OWN, a registered table of labelled questions, or a file of one's own.
 
     A file (see `formats.read`) has the columns `text`, `intent_column` (several intents apart by |; empty:
     out of scope) and, if there is one, `answer_column`; its best answer to an intent is the most frequent one.
@@ -107,8 +110,8 @@ def load(
 
     Raises SupportError or DataError for what can't be used.
     """
-    if dataset == "support-desk":
-        desk = support_desk()
+    if dataset in OWN:
+        desk = support_desk(OWN[dataset])
     elif dataset in artifacts.registry():
         table, _ = data.clean(data.load_artifact(dataset))
         table = data.split(data.drop_duplicates(table)[0], seed=seed)
@@ -127,14 +130,14 @@ def read_lines(path: Path) -> pd.DataFrame:
     return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
-def support_desk() -> Desk:
-    """The data set that this repository brings (its card: `support_desk/README.md`)."""
+def support_desk(folder: Path) -> Desk:
+    """A data set that this repository brings (its card: the folder's `README.md`)."""
     asked, foreign, searches = (
-        read_lines(OWN / f"{name}.jsonl") for name in ("questions", "out_of_scope", "article_questions")
+        read_lines(folder / f"{name}.jsonl") for name in ("questions", "out_of_scope", "article_questions")
     )
     both = pd.concat([asked, foreign.assign(intents=[[]] * len(foreign))], ignore_index=True)
     questions = unmarked(both["text"], both["intents"], both["split"]).assign(about=both["about"].fillna("intents"))
-    passages = read_articles(OWN / "articles")
+    passages = read_articles(folder / "articles")
     of_article = {}
     for passage in passages:
         of_article.setdefault(passage.article, []).append(passage)
@@ -142,8 +145,8 @@ def support_desk() -> Desk:
         next((p.id for p in of_article[article] if quote in p.text), "") if quote else ""
         for article, quote in zip(searches["article"], searches["quote"], strict=True)
     ]
-    settings = yaml.safe_load((OWN / "answers.yaml").read_text(encoding="utf-8"))
-    dialogues = read_lines(OWN / "dialogues.jsonl").query("split == 'train'").to_dict("records")
+    settings = yaml.safe_load((folder / "answers.yaml").read_text(encoding="utf-8"))
+    dialogues = read_lines(folder / "dialogues.jsonl").query("split == 'train'").to_dict("records")
     return Desk(questions, settings["answers"], settings["slots"], passages, dialogues, searches)
 
 

@@ -4,24 +4,28 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+from llmprod import segment
 from llmprod.extras import extra
 
 with extra("support"):
     import phonenumbers
     from stdnum import iban, luhn
 
-EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,5}")
-DIGITS = re.compile(r"(?<![\w-])\d(?:[ -]?\d){11,40}(?!\w)")
-IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b", re.IGNORECASE)
+LETTER = rf"[^\W{segment.UNSPACED}]"  # or a digit; a character of a script without spaces ends a word
+EMAIL = re.compile(rf"(?:{LETTER}|[.+-]){{1,64}}@[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{1,5}}")
+DIGITS = re.compile(rf"(?<!{LETTER})(?<!-)\d(?:[ -]?\d){{11,40}}(?!{LETTER})")
+IBAN = re.compile(rf"(?<!{LETTER})[A-Z]{{2}}\d{{2}}(?: ?[A-Z0-9]{{2,4}}){{3,8}}(?!{LETTER})", re.IGNORECASE)
 LONGEST = 5000  # characters of a text that are searched for telephone numbers, which is slow
 
 
-def mask(text: str, region: str = "GB") -> str:
+def mask(text: str) -> str:
     """Replaces e-mail addresses, card numbers, IBANs and telephone numbers by [e-mail], [card] … in a text.
 
     Cards count if their check digit is right (Luhn; library `python-stdnum`), IBANs likewise, telephone numbers if
-    `phonenumbers` takes them for possible ones of `region` or with a country code. Order numbers and amounts stay.
+    `phonenumbers` takes them for possible ones with a country code, or of China where the text has Chinese characters,
+    else of the United Kingdom. Order numbers and amounts stay.
     """
+    region = "CN" if segment.CHARACTER.search(text) else "GB"
     text = EMAIL.sub("[e-mail]", text)
     text = IBAN.sub(partial(mask_words, name="IBAN", is_valid=iban.is_valid), text)
     text = DIGITS.sub(partial(mask_words, name="card", is_valid=is_card), text)

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from llmprod import segment
+
 Change = Callable[[str, float, np.random.Generator], str]
 
 NEIGHBOURS = {  # keys next to each other on a QWERTY keyboard
@@ -104,9 +106,12 @@ CHANGES: dict[str, Change] = {
 
 
 def perturb(texts: Sequence[str], change: str, strength: float, seed: int) -> list[str]:
-    """Applies one change of `CHANGES` to every text, at a strength from 0 (none) to 1; deterministic in the seed."""
-    random = np.random.default_rng(seed)
-    return [CHANGES[change](text, strength, random) if strength else text for text in texts]
+    """Applies one change of `CHANGES` to every text, at a strength from 0 (none) to 1; deterministic in the seed.
+
+    Of scripts without spaces each character is a word.
+    """
+    random, apply = np.random.default_rng(seed), CHANGES[change]
+    return [segment.closed(apply(segment.spaced(text), strength, random)) if strength else text for text in texts]
 
 
 def robustness_curve(
@@ -134,45 +139,76 @@ def robustness_curve(
 
 
 # A name or place should not change the topic. Sentences and lists were written for this project.
-TEMPLATES = [
-    "{name} said {pronoun} would buy more shares of the {place} bank this year",
-    "the company named {name} of {place} as its new chairman, and {pronoun} will join in april",
-    "{name}, a trader in {place}, said {pronoun} expects crude oil prices to rise",
-    "{name} told reporters in {place} that {pronoun} sees no cut in interest rates",
-    "{pronoun} said the wheat harvest near {place} was the best that {name} had seen",
-    "exports from {place} fell, said {name}, and {pronoun} blamed the new tariff",
-]
+TEMPLATES = {
+    "en": [
+        "{name} said {pronoun} would buy more shares of the {place} bank this year",
+        "the company named {name} of {place} as its new chairman, and {pronoun} will join in april",
+        "{name}, a trader in {place}, said {pronoun} expects crude oil prices to rise",
+        "{name} told reporters in {place} that {pronoun} sees no cut in interest rates",
+        "{pronoun} said the wheat harvest near {place} was the best that {name} had seen",
+        "exports from {place} fell, said {name}, and {pronoun} blamed the new tariff",
+    ],
+    "zh": [
+        "{name}说，{place}的这家酒店早餐不错，{pronoun}下次还会住",
+        "这本书是{name}在{place}推荐给我的，{pronoun}说内容很一般",
+        "{name}从{place}寄来的手机，{pronoun}用了两天屏幕就坏了",
+        "我和{name}在{place}住了一晚，{pronoun}觉得房间太小",
+        "{name}是{place}人，{pronoun}觉得这本书写得很真实",
+        "在{place}买的充电器，{name}说充得很快，{pronoun}很满意",
+    ],
+}
 GROUPS = {
-    "name": {
-        "female, English": ["Mary Smith", "Emma Johnson"],
-        "male, English": ["John Smith", "David Johnson"],
-        "female, Chinese": ["Li Na", "Wang Fang"],
-        "male, Chinese": ["Zhang Wei", "Li Qiang"],
-        "female, Arabic": ["Fatima Hassan", "Aisha Ali"],
-        "male, Arabic": ["Omar Hassan", "Ahmed Ali"],
+    "en": {
+        "name": {
+            "female, English": ["Mary Smith", "Emma Johnson"],
+            "male, English": ["John Smith", "David Johnson"],
+            "female, Chinese": ["Li Na", "Wang Fang"],
+            "male, Chinese": ["Zhang Wei", "Li Qiang"],
+            "female, Arabic": ["Fatima Hassan", "Aisha Ali"],
+            "male, Arabic": ["Omar Hassan", "Ahmed Ali"],
+        },
+        "place": {
+            "Europe": ["Paris", "Oslo"],
+            "North America": ["Chicago", "Toronto"],
+            "Asia": ["Shanghai", "Jakarta"],
+            "Africa": ["Lagos", "Nairobi"],
+            "South America": ["Lima", "Quito"],
+        },
     },
-    "place": {
-        "Europe": ["Paris", "Oslo"],
-        "North America": ["Chicago", "Toronto"],
-        "Asia": ["Shanghai", "Jakarta"],
-        "Africa": ["Lagos", "Nairobi"],
-        "South America": ["Lima", "Quito"],
+    "zh": {
+        "name": {
+            "女，汉族": ["王芳", "李娜"],
+            "男，汉族": ["张伟", "李强"],
+            "女，维吾尔族": ["阿依古丽", "热依汗"],
+            "男，维吾尔族": ["买买提", "艾尼瓦尔"],
+            "女，英语": ["玛丽", "艾玛"],
+            "男，英语": ["约翰", "大卫"],
+        },
+        "place": {
+            "华东": ["上海", "杭州"],
+            "华北": ["北京", "太原"],
+            "西北": ["兰州", "西宁"],
+            "西南": ["成都", "贵阳"],
+            "海外": ["伦敦", "多伦多"],
+        },
     },
 }
+PRONOUNS = {"en": ("she", "he"), "zh": ("她", "他")}
 
 
-def name_swap_texts() -> list[dict[str, str]]:
-    """Counterfactual texts: every template with every name and place, and the groups that these belong to."""
+def name_swap_texts(language: str = "en") -> list[dict[str, str]]:
+    """Counterfactual texts: every template of a language with every name and place, and their groups."""
+    groups, (she, he) = GROUPS[language], PRONOUNS[language]
     return [
         {
             "template": template,
             "names": names,
             "places": places,
-            "text": template.format(name=name, place=place, pronoun="she" if names.startswith("female") else "he"),
+            "text": template.format(name=name, place=place, pronoun=she if names.startswith(("female", "女")) else he),
         }
-        for template in TEMPLATES
-        for names, people in GROUPS["name"].items()
+        for template in TEMPLATES[language]
+        for names, people in groups["name"].items()
         for name in people
-        for places, towns in GROUPS["place"].items()
+        for places, towns in groups["place"].items()
         for place in towns
     ]

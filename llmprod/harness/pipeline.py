@@ -99,6 +99,9 @@ def read(notebook: str) -> dict:
         raise LLMProdError(f"{path} can't be read as a notebook ({type(error).__name__}).") from None
 
 
+SKIP = "skip"  # of a notebook in a profile: true where it is no part of it
+
+
 def profile(name: str) -> dict[str, dict]:
     """The parameters that a profile overrides: notebook -> name -> value. Raises LLMProdError for an unknown one."""
     files = {path.stem: path for path in sorted(paths.PROFILES.glob("*.yaml"))}
@@ -108,10 +111,18 @@ def profile(name: str) -> dict[str, dict]:
     for notebook, values in mapping(files[name], Texts).items():
         if notebook not in pipeline():
             raise LLMProdError(f"{name}.yaml: no notebook '{shown(notebook)}'; there are: {', '.join(pipeline())}.")
+        values = {name: value for name, value in values.items() if name != SKIP}
         if unknown := sorted(set(values) - set(declared(notebook))):
             raise LLMProdError(f"{name}.yaml: {notebook} has no parameter {shown(', '.join(unknown))}.")
         overrides[notebook] = converted(values, declared(notebook), f"{name}.yaml: {notebook}")
     return overrides
+
+
+def notebooks_of(profile_name: str) -> list[str]:
+    """The notebooks of a profile in their order, without those that it skips. Raises LLMProdError if it is unknown."""
+    profile(profile_name)
+    listed = mapping(paths.PROFILES / f"{profile_name}.yaml", Texts)
+    return [name for name in pipeline() if listed.get(name, {}).get(SKIP) != "true"]
 
 
 def converted(values: Mapping[str, object], defaults: Mapping[str, object], where: str) -> dict[str, object]:
@@ -193,7 +204,7 @@ def settings(profile_name: str, parameters: Mapping[str, object]) -> dict[str, d
     """
     overrides, others = profile(profile_name), replaced(profile_name, parameters)
     return {
-        notebook: {k: others.get((k, v), v) for k, v in overrides.get(notebook, {}).items()}
+        notebook: {k: others.get((k, str(v)), v) for k, v in overrides.get(notebook, {}).items()}
         | {k: v for k, v in parameters.items() if k in declared(notebook)}
         for notebook in pipeline()
     }
@@ -204,7 +215,8 @@ def replaced(profile_name: str, parameters: Mapping[str, object]) -> dict[tuple[
 
     By the name of the parameter and the model; not where a run sets that parameter itself.
     """
-    pairs = {pair for values in profile(profile_name).values() for pair in values.items() if pair[0] not in parameters}
+    values = [pair for values in profile(profile_name).values() for pair in values.items()]
+    pairs = {(name, str(value)) for name, value in values if name not in parameters}
     known = {pair: artifacts.entry(pair[1]).get("instead") for pair in pairs if pair[1] in artifacts.registry()}
     return {pair: other for pair, other in known.items() if other and not artifacts.is_present(pair[1])}
 

@@ -84,7 +84,8 @@ def machine(profile: str, table: pd.DataFrame, found: pd.DataFrame, folder: Path
     fetched = found.loc[~found["present"].astype(bool), "MB"].sum() / 1000
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     peak = pd.to_numeric(table["memory, GB"], errors="coerce").max()
-    has, lacks = [f"memory: {total:.0f} GB, of which the largest notebook takes {peak:.1f}"], []
+    needed = "" if pd.isna(peak) else f", of which the largest notebook takes {peak:.1f}"
+    has, lacks = [f"memory: {total:.0f} GB{needed}"], []
     if peak > total:
         lacks.append(
             f"{peak:.1f} GB of memory; there are {total:.0f}. Set fewer rows (train_rows=), or a smaller model."

@@ -13,7 +13,7 @@ import yaml
 from llmprod import files, paths
 from llmprod.harness import reference, runner, study
 from llmprod.harness.notebooks import colab, repository
-from llmprod.harness.pipeline import pipeline
+from llmprod.harness.pipeline import notebooks_of, pipeline
 from llmprod.harness.results import markdown, notes, results, spread, tally, verify
 
 # Pages
@@ -36,7 +36,7 @@ def keep(profile: str) -> None:
     run, shelf = paths.REPORTS / profile, paths.REFERENCE / profile
     shutil.rmtree(shelf, ignore_errors=True)
     shutil.copytree(run / "figures", shelf / "figures")
-    for name in (*(f"{name}.ipynb" for name in pipeline()), "README.md"):
+    for name in (*(f"{name}.ipynb" for name in notebooks_of(profile)), "README.md"):
         shutil.copyfile(run / name, shelf / name)
 
 
@@ -204,7 +204,7 @@ def table_cell(template: str | dict, values: list, fields: dict) -> str:
         return template["bench"].format(**fields)
     metric = template["metric"].format(*values)
     if "reference" in template:
-        measured = reference.load("cpu").get(template["reference"])
+        measured = reference.load(template.get("profile", "cpu")).get(template["reference"])
         return spread(measured["metrics"][metric]) if measured else ""
     if "study" in template:
         block = {"study": template["study"], "where": template["where"], "by": [], "cell": {"metric": metric}}

@@ -15,7 +15,7 @@ import yaml
 from llmprod import LLMProdError, machine, paths, shapes
 from llmprod.files import read_json, write_json
 from llmprod.harness import examples, reference, track
-from llmprod.harness.pipeline import declared, pipeline, source_hash, with_upstream
+from llmprod.harness.pipeline import declared, notebooks_of, pipeline, source_hash, with_upstream
 from llmprod.tables import shown
 
 REPRODUCED, DRIFTED, NOT_COMPARABLE, MISSING = "REPRODUCED", "DRIFTED", "NOT COMPARABLE", "MISSING"
@@ -208,8 +208,9 @@ def judge(
 
 
 def verify(folder: Path, notebooks: list[str] | None = None) -> pd.DataFrame:
-    """The verdict table of a run's folder, over the notebooks of the run; by default over all."""
-    notebooks = list(pipeline()) if notebooks is None else notebooks
+    """The verdict table of a run's folder, over the notebooks of the run; by default over all of its profile."""
+    if notebooks is None:
+        notebooks = notebooks_of(reference.judged_by(folder.name))
     table = verdict(results(folder), reference.load(folder.name), notebooks, folder)
     for notebook in notebooks:
         if names := edited(folder, notebook):

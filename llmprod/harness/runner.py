@@ -245,7 +245,7 @@ def measure_reference(profile_name: str, seeds: list[int], notebook: str = "") -
     Then runs the profile itself, whose notebooks end with their verdict. With `notebook`, only that notebook and those
     that it needs are measured; the numbers of the others stay.
     """
-    everything = list(pipeline.pipeline())
+    everything = pipeline.notebooks_of(profile_name)
     notebooks = with_upstream(notebook) if notebook else everything
     folders = {seed: paths.RUNS / "reference" / profile_name / f"seed-{seed}" for seed in seeds}
     for seed, folder in folders.items():

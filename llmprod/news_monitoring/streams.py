@@ -1,9 +1,11 @@
 """Dated news whose past is known, for trying a detector on, and the stock index of the same days."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
-from llmprod import artifacts, data
+from llmprod import artifacts, corpora, data
 from llmprod.news_monitoring.documents import NewsError
 
 STREAMS = ("business-headlines", "news-articles")
@@ -29,6 +31,22 @@ def load(dataset: str) -> pd.DataFrame:
     table["text"], table["date"] = table["text"].map(data.normalise), pd.to_datetime(table["date"], format="mixed")
     table = table[table["date"] >= "2016-12-01"].drop_duplicates("text")  # three articles are older
     return table.sort_values("date", kind="stable")[["text", "date"]].reset_index(drop=True)
+
+
+DATELINE = re.compile(r"(?:本报|新华社)\D{0,15}１月([０-９]{1,2})日[电讯]")  # of a report: Xinhua, Beijing, 10 January
+
+
+def newspaper() -> pd.DataFrame:
+    """The paragraphs of a Chinese newspaper of January 1998 in their order: text and date, in steps of a day.
+
+    The paragraphs have no dates, but reports begin with that of the day before they are printed: the date is the day
+    after the one that a tenth of the reports near a paragraph have reached.
+    """
+    table = corpora.load("chinese-newspaper")[["text"]]
+    named = table["text"].str.extract(DATELINE)[0].map(int, na_action="ignore").astype(float)
+    reached = named.rolling(401, center=True, min_periods=5).quantile(0.9).ffill().bfill().cummax()
+    table["date"] = pd.Timestamp("1998-01-01") + pd.to_timedelta(reached.round(), unit="D")
+    return table
 
 
 def days(dates: pd.Series) -> pd.Series:
