@@ -33,7 +33,7 @@ LLMPROD      := "$$BIN/python" -m llmprod
 .PHONY: help setup reproduce plan test serve iterate run smoke verify crate check report bench bench-gpu fuzz reference study lab lint pin address sync clean
 
 help:  ## explain the targets
-	@echo "llmprod. Variables: PROFILE=cpu|smoke|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
+	@echo "llmprod. Variables: PROFILE=cpu|smoke|zh|gpu NOTEBOOK=02_finetune PARAMS=\"epochs=2 seed=1\" SEEDS=\"0 1 2\" STUDY=methods SAMPLE=3 BENCH=training"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv (or use the active environment) and install everything that notebooks and tests need, pinned

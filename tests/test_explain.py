@@ -65,6 +65,10 @@ def test_words_of_one_letter_count_where_there_are_no_longer_ones():
     """As in Chinese; and a class whose texts have no word at all takes no part."""
     found = explain.strongest_words([["股", "市", "。"], ["!", "?"]], [np.array([1, 2, 9]), np.array([1, 2])], [0, 1])
     assert found == {0: ["市", "股"]}
+    found = explain.strongest_words(
+        [["差", "a", "vista"], ["of", "it"]], [np.array([3, 2, 1]), np.array([1, 2])], [0, 1]
+    )
+    assert found == {0: ["差", "vista"], 1: ["it", "of"]}, "a character is a word even where there are long ones"
 
 
 def test_counterfactuals_by_hand():

@@ -141,7 +141,7 @@ def own_package(monkeypatch, tmp_path):
     ("module", "function", "experiments"),
     [
         ("financial_sentiment/studies.py", "weak_supervision", {"weak labels"}),
-        ("financial_sentiment/studies.py", "training_of", {"alarms", "distillation", "heads", "rating", "weak labels"}),
+        ("financial_sentiment/studies.py", "rating", {"rating"}),
         ("recommendation/sequence.py", "next_items", {"next item"}),
         ("recommendation/scorers.py", "ease", {"next item", "recommendation"}),
         (

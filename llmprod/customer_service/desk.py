@@ -16,10 +16,8 @@ from llmprod.extras import extra
 with extra("support"):
     from bs4 import BeautifulSoup
 
-OWN = {  # the data sets that this repository brings, in English and in Chinese
-    "support-desk": Path(__file__).with_name("support_desk"),
-    "support-desk-zh": Path(__file__).with_name("support_desk_zh"),
-}
+HERE = Path(__file__).parent  # with the data sets that this repository brings, in English and in Chinese
+OWN = {"support-desk": HERE / "support_desk", "support-desk-zh": HERE / "support_desk_zh"}
 OUT_OF_SCOPE = "out_of_scope"  # the class of questions that no intent covers
 ARTICLES = (".md", ".txt", ".html", ".htm")
 LARGEST = 1 << 20  # bytes of an article
@@ -132,9 +130,8 @@ def read_lines(path: Path) -> pd.DataFrame:
 
 def support_desk(folder: Path) -> Desk:
     """A data set that this repository brings (its card: the folder's `README.md`)."""
-    asked, foreign, searches = (
-        read_lines(folder / f"{name}.jsonl") for name in ("questions", "out_of_scope", "article_questions")
-    )
+    names = ("questions", "out_of_scope", "article_questions")
+    asked, foreign, searches = (read_lines(folder / f"{name}.jsonl") for name in names)
     both = pd.concat([asked, foreign.assign(intents=[[]] * len(foreign))], ignore_index=True)
     questions = unmarked(both["text"], both["intents"], both["split"]).assign(about=both["about"].fillna("intents"))
     passages = read_articles(folder / "articles")

@@ -9,6 +9,7 @@ import torch
 from captum.attr import LayerIntegratedGradients
 from scipy.special import softmax
 
+from llmprod import segment
 from llmprod.models import Predictor
 
 
@@ -86,7 +87,7 @@ def strongest_words(
 ) -> dict[int, list[str]]:
     """For each class explained the `count` words that speak most for it; no entry where its texts have no word.
 
-    A word has more than two letters, or, where a class has none of those (as in Chinese), any.
+    A word has more than two letters, or is a character of a script without spaces; where a class has none, any is one.
     """
     found: dict[int, list[tuple[float, str]]] = {}
     for words, values, target in zip(tokens, attributions, targets, strict=True):
@@ -94,7 +95,7 @@ def strongest_words(
         found.setdefault(int(target), []).extend(said)
     strongest = {}
     for target, said in found.items():
-        long = [(value, word) for value, word in said if len(word) > 2]
+        long = [(value, word) for value, word in said if len(word) > 2 or segment.CHARACTER.match(word)]
         if said:
             strongest[target] = list(dict.fromkeys(word for _, word in sorted(long or said, reverse=True)))[:count]
     return strongest
