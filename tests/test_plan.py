@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmprod import artifacts, paths
+from llmprod import LLMProdError, artifacts, paths
 from llmprod.__main__ import main
 from llmprod.harness import pipeline, plan, runner
 
@@ -55,6 +55,9 @@ def test_a_profile_may_skip_notebooks(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "PROFILES", tmp_path)
     assert pipeline.notebooks_of("few") == [name for name in pipeline.pipeline() if name != "02_finetune"]
     assert pipeline.settings("few", {})["03_evaluate"] == {"seed": 1}
+    (tmp_path / "few.yaml").write_text("02_finetune: {skip: sometimes}\n")
+    with pytest.raises(LLMProdError, match=r"few.yaml: 02_finetune: skip is 'sometimes'; it takes true or false"):
+        pipeline.notebooks_of("few")
 
 
 def test_what_is_up_to_date_is_not_run(capsys, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
-from llmprod import LLMProdError, artifacts, files, models, paths
+from llmprod import LLMProdError, artifacts, converted, files, models, paths
 from llmprod.__main__ import main
 from llmprod.harness import pipeline, report, results, runner
 
@@ -507,20 +508,35 @@ def test_provenance_stamp(smoke_run):
 # Failures
 
 
-@pytest.fixture
-def shrunken(tmp_path):
-    """The folder of a BERT of one layer, with the real tokenizer and random weights."""
-    minilm = models.model_folder("minilm")
-    config = BertConfig.from_pretrained(minilm, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+def shrunken(model: str, folder: Path) -> Path:
+    """The folder of a BERT of one layer, with the real tokenizer of a model and random weights."""
+    real = models.model_folder(converted.model(model))
+    config = BertConfig.from_pretrained(real, num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
     config.intermediate_size = 64
-    BertModel(config).save_pretrained(tmp_path / "bert")
+    BertModel(config).save_pretrained(folder / "bert")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        if (minilm / name).exists():
-            shutil.copy(minilm / name, tmp_path / "bert")
-    return tmp_path / "bert"
+        if (real / name).exists():
+            shutil.copy(real / name, folder / "bert")
+    return folder / "bert"
 
 
-def test_bring_your_own_file_end_to_end_in_the_gpu_profile_and_its_errors(tmp_path, shrunken):
+def test_the_chinese_profile_runs_its_notebooks_and_no_others(tmp_path):
+    """With its own data and a shrunken encoder; the help desk's last section speaks Chinese."""
+    small = shrunken("m3e-small", tmp_path)
+    few = f"model={small} frozen_model={small} train_rows=200 test_rows=60 epochs=1 max_length=16 resamples=20"
+    few += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2 rows=40 encoder_epochs=0.1"
+    home = tmp_path / "home"
+    done = llmprod("run", "--profile", "zh", "--params", few, LLMPROD_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in home.rglob("results/*.json")}
+    assert sorted(found) == pipeline.notebooks_of("zh") == [*ALL[:3], "11_customer_service"]
+    assert found["01_data"]["protocol"]["dataset"] == "chinese-reviews"
+    assert found["01_data"]["metrics"]["removed from training"]["value"] > 17_000, "each review is there twice"
+    (executed,) = home.rglob("11_customer_service.ipynb")
+    assert "请问有什么可以帮您？" in executed.read_text(encoding="utf-8")
+
+
+def test_bring_your_own_file_end_to_end_in_the_gpu_profile_and_its_errors(tmp_path):
     """One command for a file of one's own; a wrong column is one clear message, and the next run goes on.
 
     Up to 03, since what comes after it takes minutes and reads other data, or the same splits. In the profile for a GPU
@@ -534,7 +550,8 @@ def test_bring_your_own_file_end_to_end_in_the_gpu_profile_and_its_errors(tmp_pa
     path = tmp_path / "mine.csv"
     path.write_text("body,topic\n" + "\n".join(rows) + "\n")
     home = {"LLMPROD_HOME": str(tmp_path / "home")}
-    common = f"dataset={path} model={shrunken} frozen_model={shrunken} epochs=1 processes=2 resamples=20"
+    small = shrunken("minilm", tmp_path)
+    common = f"dataset={path} model={small} frozen_model={small} epochs=1 processes=2 resamples=20"
     common += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2"
     command = ("reproduce", "--profile", "gpu", "--notebook", "03_evaluate")
     wrong = llmprod(*command, "--params", f"{common} text_column=text label_column=topic", **home)

@@ -122,7 +122,9 @@ def notebooks_of(profile_name: str) -> list[str]:
     """The notebooks of a profile in their order, without those that it skips. Raises LLMProdError if it is unknown."""
     profile(profile_name)
     listed = mapping(paths.PROFILES / f"{profile_name}.yaml", Texts)
-    return [name for name in pipeline() if listed.get(name, {}).get(SKIP) != "true"]
+    asked = {name: values.get(SKIP, False) for name, values in listed.items()}
+    skipped = [name for name, value in asked.items() if convert(SKIP, value, False, f"{profile_name}.yaml: {name}")]
+    return [name for name in pipeline() if name not in skipped]
 
 
 def converted(values: Mapping[str, object], defaults: Mapping[str, object], where: str) -> dict[str, object]:
