@@ -524,7 +524,7 @@ def test_the_chinese_profile_runs_its_notebooks_and_no_others(tmp_path):
     """With its own data and a shrunken encoder; the help desk's last section speaks Chinese."""
     small = shrunken("m3e-small", tmp_path)
     few = f"model={small} frozen_model={small} train_rows=200 test_rows=60 epochs=1 max_length=16 resamples=20"
-    few += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2 rows=40 encoder_epochs=0.1"
+    few += " latency_texts=2 foreign_texts=10 robust_texts=4 explained_texts=2 encoder_epochs=0.1"
     home = tmp_path / "home"
     done = llmprod("run", "--profile", "zh", "--params", few, LLMPROD_HOME=str(home))
     assert done.returncode == 0, done.stderr
