@@ -27,7 +27,6 @@ QUANTITY = re.compile(
     re.IGNORECASE,
 )
 ALIKE = {"eur": "euro", "percent": "%", "工作日": "天", "星期": "周", "欧": "欧元"}  # units that are compared as one
-UNKNOWN = [phrases.of(language).prompt["unknown"] for language in phrases.LANGUAGES]
 
 
 @dataclass(frozen=True)
@@ -197,10 +196,10 @@ def support(sentence: str, passages: Sequence[Passage], overlap: float = 0.6) ->
 
 def checked(reply: str, passages: Sequence[Passage]) -> tuple[list[Sentence], list[str]]:
     """The sentences of a generated reply that a passage supports, each with its passage, and those dropped."""
-    kept, dropped = [], []
+    kept, dropped, refusals = [], [], [phrases.of(language).prompt["unknown"] for language in phrases.LANGUAGES]
     for sentence in (part.strip() for part in SENTENCE_END.split(reply) if part.strip()):
-        unknown = any(words in sentence.lower().replace("’", "'") for words in UNKNOWN)
-        behind = "" if unknown else support(sentence, passages)
+        refused = any(words in sentence.lower().replace("’", "'") for words in refusals)
+        behind = "" if refused else support(sentence, passages)
         if behind:
             kept.append(Sentence(sentence, behind))
         else:
