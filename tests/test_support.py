@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llmprod import data, segment
-from llmprod.customer_service import desk, evaluation, privacy, reply, retrieval, understanding
+from llmprod.customer_service import desk, evaluation, peers, privacy, reply, retrieval, studies, understanding
 from llmprod.customer_service.desk import Passage, SupportError
 from llmprod.evaluate import metrics
 
@@ -83,6 +83,8 @@ def test_a_sample_has_at_most_so_many_questions_of_each_split(shop):
     assert set(some.questions["split"].value_counts()) == {20} == set(some.searches["split"].value_counts())
     assert set(some.questions["text"]) < set(shop.questions["text"]) and some.passages == shop.passages
     assert some.questions["text"].tolist() == shop.sample(20, seed=1).questions["text"].tolist()
+    taught = set(some.part("train")["intents"].explode())
+    assert len(taught) < len(shop.intents) and set(some.questions["intents"].explode().dropna()) <= taught
 
 
 # One's own data
@@ -383,6 +385,49 @@ def test_questions_with_two_intents_are_two_rows():
 def test_f1_of_several_intents():
     assert understanding.several_f1([["a", "b"], ["c"]], [["a"], ["c"]]) == pytest.approx(0.8)
     assert understanding.several_f1([["a"]], [["b"]]) == 0
+
+
+PEER = {"model": "minilm", "max_length": 32, "precision": "auto", "c": 100.0, "pairs": 1, "seed": 0}
+
+
+@pytest.mark.parametrize("way", peers.WAYS[:3])  # setfit trains for longer: below
+def test_peers_tell_intents_and_know_what_they_learnt(shop, way):
+    single = shop.questions[shop.questions["intents"].str.len() == 1]
+    some = single[single["intents"].str[0].isin(shop.intents[:4])]
+    model = peers.train(way, some, PEER)
+    train, test = some[some["split"] == "train"], some[some["split"] == "test"]
+    probabilities, likeness = model.read(test["text"].tolist())
+    assert model.intents == shop.intents[:4] and probabilities.sum(axis=1) == pytest.approx(1)
+    right = [
+        model.intents[k] == asked[0] for k, asked in zip(probabilities.argmax(axis=1), test["intents"], strict=True)
+    ]
+    assert np.mean(right) > 0.6 and likeness.max() < 0.999
+    assert model.read(train["text"].tolist()[:9])[1] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_peer_that_there_is_not(shop):
+    with pytest.raises(SupportError, match="no peer 'crystal ball'; there are: nearest question, bag of words"):
+        peers.train("crystal ball", shop.questions, PEER)
+
+
+@pytest.mark.parametrize(("way", "count"), [*((way, 10) for way in peers.WAYS[:3]), ("setfit", 3)])
+def test_several_intents_of_a_message(monkeypatch, shop, way, count):
+    """Questions of the desk about four intents, alone and two in a message, in 20 folds; one text is in two folds."""
+    single = shop.questions[shop.questions["intents"].str.len() == 1]
+    some = single[single["intents"].str[0].isin(shop.intents[:4])].sample(frac=1, random_state=1, ignore_index=True)
+    other = some.sample(frac=1, random_state=2, ignore_index=True)
+    pairs = some.assign(
+        text=some["text"] + " " + other["text"],
+        intents=[sorted({*a, *b}) for a, b in zip(some["intents"], other["intents"], strict=True)],
+    )
+    every = pd.concat([some, pairs], ignore_index=True)[["text", "intents"]].sample(frac=1, random_state=3)
+    folds = [every.iloc[k::20] for k in range(20)]
+    monkeypatch.setattr(studies, "nlupp", lambda domain: [*folds[:19], pd.concat([folds[19], folds[0].head(1)])])
+    found = studies.several_intents(PEER | {"domain": "shop", "folds": count, "way": way})["metrics"]
+    assert found["n"] == sum(map(len, folds[count:]))
+    assert found["n, training"] == int(0.8 * sum(map(len, folds[:count])))
+    assert found["micro-F1"] > 0.6 and 0 < found["all intents right"] < found["micro-F1"]
+    assert 0.05 <= found["least probability"] <= 0.95
 
 
 # Thresholds and curves

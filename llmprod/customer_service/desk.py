@@ -73,13 +73,12 @@ class Desk:
         return sorted({intent for some in self.questions["intents"] for intent in some})
 
     def sample(self, rows: int, seed: int = 0) -> "Desk":
-        """The desk with at most so many questions of each split, and as many searches."""
-
-        def some(table: pd.DataFrame) -> pd.DataFrame:
-            chosen = table.sample(frac=1, random_state=seed).groupby("split").head(rows)
-            return chosen.sort_index().reset_index(drop=True)
-
-        return replace(self, questions=some(self.questions), searches=some(self.searches))
+        """The desk with at most so many searches and questions of each split, the latter to intents that are taught."""
+        drawn, searches = (table.sample(frac=1, random_state=seed) for table in (self.questions, self.searches))
+        taught = set(drawn[drawn["split"] == "train"].head(rows)["intents"].explode())
+        drawn = drawn[(drawn["split"] == "train") | drawn["intents"].map(lambda some: set(some) <= taught)]
+        first = [table.groupby("split").head(rows).sort_index().reset_index(drop=True) for table in (drawn, searches)]
+        return replace(self, questions=first[0], searches=first[1])
 
     def answerable(self, split: str) -> pd.DataFrame:
         """The searches of a split that an article answers."""

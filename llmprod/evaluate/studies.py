@@ -108,27 +108,38 @@ def scored(part: Dataset, started: float, probabilities: Callable[[list[str]], n
 
 
 def setfit_library(parameters: Mapping[str, object]) -> dict:
-    """The setfit library on the same labelled texts: contrastive pairs, then logistic regression on the vectors."""
-    with extra("peers"):
-        from setfit import SetFitModel, Trainer, TrainingArguments
-
-    machine.seed_everything(parameters["seed"])
+    """The setfit library on the same labelled texts."""
     splits, _, _ = data.prepared(Path(parameters["splits"]))
     chosen, _ = fewshot.sample_shots(splits["train"], parameters["shots"], parameters["seed"])
     started = time.perf_counter()
-    model = SetFitModel.from_pretrained(str(models.model_folder(parameters["model"])))
-    model.model_body.max_seq_length = parameters["max_length"]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"batch_size": 32, "num_iterations": parameters["pairs"], "seed": parameters["seed"]}
-        quiet = {"show_progress_bar": False, "save_strategy": "no", "report_to": "none"}
-        arguments = TrainingArguments(folder, num_epochs=1, **settings, **quiet)
-        train = Dataset.from_dict({"text": list(chosen["text"]), "label": list(chosen["label"])})
-        Trainer(model=model, args=arguments, train_dataset=train).train()
+    model = setfit_model(parameters, list(chosen["text"]), np.array(chosen["label"]))
     seconds = time.perf_counter() - started
     part = splits[parameters["split"]]
     probabilities = np.asarray(model.predict_proba(list(part["text"]), as_numpy=True))
     scores = metrics.summary(np.array(part["label"]), probabilities)
     return {"metrics": scores, "speeds": {"training, s": seconds, "peak memory, MB": machine.peak_memory_mb()}}
+
+
+def setfit_model(parameters: Mapping[str, object], texts: Sequence[str], labels: np.ndarray) -> object:
+    """A SetFitModel: an encoder trained on contrastive pairs, then logistic regression on its vectors.
+
+    Args:
+        labels: class numbers (texts,), or 0 and 1 for each class (texts, classes): then one regression for each
+    """
+    with extra("peers"):
+        from setfit import SetFitModel, Trainer, TrainingArguments
+
+    machine.seed_everything(parameters["seed"])
+    several = {"multi_target_strategy": "one-vs-rest"} if labels.ndim == 2 else {}
+    model = SetFitModel.from_pretrained(str(models.model_folder(parameters["model"])), **several)
+    model.model_body.max_seq_length = parameters["max_length"]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"batch_size": 32, "num_iterations": parameters["pairs"], "seed": parameters["seed"]}
+        quiet = {"show_progress_bar": False, "save_strategy": "no", "report_to": "none"}
+        arguments = TrainingArguments(folder, num_epochs=1, **settings, **quiet)
+        train = Dataset.from_dict({"text": list(texts), "label": labels.tolist()})
+        Trainer(model=model, args=arguments, train_dataset=train).train()
+    return model
 
 
 def class_names(parameters: Mapping[str, object]) -> dict:
