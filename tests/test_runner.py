@@ -32,6 +32,7 @@ def test_every_override_names_a_declared_parameter_of_its_type(profile):
     for notebook, overrides in pipeline.profile(profile).items():
         for name, value in overrides.items():
             default = pipeline.declared(notebook)[name]
+            default = list(default) if isinstance(default, tuple) else default  # as YAML writes it
             assert type(value) is type(default), f"{profile}: {notebook}.{name}"
             assert value != default, f"{profile}: {notebook}.{name} overrides nothing"
 
