@@ -51,7 +51,8 @@ def intents(parameters: Mapping[str, object]) -> dict:
         threshold = metrics.threshold_at_precision(sure_valid, right_valid, precision)
         answered = inside & (sure >= threshold)
         scores[f"answered at {precision:.0%}"] = float(answered.sum() / inside.sum())
-        scores[f"precision achieved at {precision:.0%}"] = float(right[answered].mean()) if answered.any() else np.nan
+        if answered.any():
+            scores[f"precision achieved at {precision:.0%}"] = float(right[answered].mean())
     foreign = data.load_artifact("reuters-r8").query("split == 'test'")["text"].head(1000).tolist()
     of_foreign = evaluation.scope_scores(*model.read(foreign))
     for name, score in evaluation.scope_scores(probabilities, likeness).items():
