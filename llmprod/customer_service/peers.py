@@ -15,6 +15,7 @@ from llmprod import models, segment
 from llmprod.customer_service.desk import SupportError
 from llmprod.evaluate import studies
 
+__all__ = ["FROZEN", "NEAREST", "SETFIT", "WAYS", "WORDS", "Peer", "train"]  # each way by name, for who asks for one
 WAYS = NEAREST, WORDS, FROZEN, SETFIT = "nearest question", "bag of words", "frozen encoder", "setfit"
 
 
